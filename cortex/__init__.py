@@ -1,0 +1,1 @@
+"""Cortex: one LLM service over a few mismatched GPU hosts."""

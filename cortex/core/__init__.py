@@ -1,0 +1,1 @@
+"""What gateway and neuron share: wire structs, dialects, errors, configuration and web plumbing."""

@@ -1,0 +1,208 @@
+"""Wire structs of the neuron's HTTP API, shared by the neuron (server) and the gateway (client).
+
+Structs grow only by fields with defaults, so that a gateway and a neuron of different versions
+understand each other. An absent value means unknown, never bad. Memory is in MiB where a name
+ends in `_mb` (the original's contract) and in bytes elsewhere.
+"""
+
+from typing import Literal
+
+import msgspec
+
+ModelStatus = Literal["unloaded", "loading", "loaded", "recovering", "failed", "draining"]
+LoadPhase = Literal["starting", "download", "weights", "caches", "warmup"]
+
+# A node may report statuses that this version does not know; they read as `unloaded`.
+MODEL_STATUSES: frozenset[str] = frozenset(
+    ["unloaded", "loading", "loaded", "recovering", "failed", "draining"]
+)
+
+
+class Version(msgspec.Struct, kw_only=True, frozen=True):
+    """`GET /version`."""
+
+    package_version: str
+    git_sha: str = "unknown"
+    git_sha_long: str = "unknown"
+    git_dirty: bool = False
+    build_timestamp: str = "unknown"
+    python_version: str = ""
+    torch_version: str = ""
+    target: str = ""
+    features: list[str] = []
+
+
+class Device(msgspec.Struct, kw_only=True, frozen=True):
+    """One accelerator as NVML describes it."""
+
+    index: int
+    name: str
+    vram_total_mb: int
+    compute_capability: str = ""
+
+
+class Discovery(msgspec.Struct, kw_only=True, frozen=True):
+    """`GET /discovery`: what this host is; taken once at start."""
+
+    hostname: str
+    os: str = ""
+    kernel: str = ""
+    cuda_version: str | None = None
+    driver_version: str | None = None
+    devices: list[Device] = []
+    harnesses: list[str] = []
+    cuda_unavailable_reason: str | None = None
+    max_prompt_tokens: int = 0
+    memory_total_mb: int = 0
+
+
+class DeviceHealth(msgspec.Struct, kw_only=True, frozen=True):
+    """One device's last reading."""
+
+    index: int
+    vram_used_mb: int
+    vram_free_mb: int
+    utilization_pct: int = 0
+    temp_c: int = 0
+
+
+class FailedActivation(msgspec.Struct, kw_only=True, frozen=True):
+    """A default model that could not be loaded at start."""
+
+    model_id: str
+    error: str
+
+
+class Activation(msgspec.Struct, kw_only=True, frozen=True):
+    """Progress of the default models named in neuron.toml."""
+
+    state: Literal["pre_warming", "ready"]
+    pending: list[str] = []
+    in_progress: str | None = None
+    completed: list[str] = []
+    failed: list[FailedActivation] = []
+
+
+class ModelLoad(msgspec.Struct, kw_only=True, frozen=True):
+    """One resident model's work in hand and its measured rates (tokens per second)."""
+
+    id: str
+    in_flight: int = 0
+    queue_depth: int = 0
+    max_in_flight: int = 0
+    max_queue_depth: int = 0
+    free_slots: int = 0
+    free_kv_blocks: int = 0
+    total_kv_blocks: int = 0
+    rejected_queue_full: int = 0
+    rejected_timeout: int = 0
+    tok_s_prefill: float = 0.0
+    tok_s_decode: float = 0.0
+
+
+class NeuronHealth(msgspec.Struct, kw_only=True, frozen=True):
+    """`GET /health`: answers from memory, never waits for a device."""
+
+    uptime_secs: int
+    status: Literal["ok", "draining"] = "ok"
+    devices: list[DeviceHealth] = []
+    activation: Activation | None = None
+    models: list[ModelLoad] = []
+
+
+class Limit(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """Token limits of a model; absent means unknown."""
+
+    context: int | None = None
+    input: int | None = None
+    output: int | None = None
+
+
+class Cost(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """USD per million tokens; absent means not priced, 0.0 means free."""
+
+    input: float | None = None
+    output: float | None = None
+    cache_read: float | None = None
+    cache_write: float | None = None
+
+
+class Servable(msgspec.Struct, kw_only=True, frozen=True):
+    """Whether a resident model can take requests, and why not."""
+
+    ok: bool
+    reason: str | None = None
+    detail: str | None = None
+
+
+class LoadProgress(msgspec.Struct, kw_only=True, frozen=True):
+    """Where a load stands."""
+
+    phase: LoadPhase = "starting"
+    bytes_done: int = 0
+    bytes_total: int = 0
+    seconds_left: float | None = None
+
+
+class ModelInfo(msgspec.Struct, kw_only=True, frozen=True):
+    """One model this neuron serves or could serve (`GET /models`, `GET /models/{id}`)."""
+
+    id: str
+    harness: str
+    status: str
+    devices: list[int] = []
+    vram_used_mb: int | None = None
+    weight_bytes: int | None = None
+    capabilities: list[str] = []
+    limit: Limit | None = None
+    cost: Cost | None = None
+    tool_call: bool | None = None
+    reasoning: bool | None = None
+    servable: Servable | None = None
+    progress: LoadProgress | None = None
+    error: str | None = None
+    in_flight: int = 0
+    last_used_s: float | None = None  # seconds since the last request, None if never used
+
+
+class LoadRequest(msgspec.Struct, kw_only=True, frozen=True):
+    """Body of `POST /models/load`."""
+
+    model_id: str
+    harness: str | None = None
+    source: str | None = None
+    quant: str | None = None
+    tensor_parallel: int | None = None
+    devices: list[int] | None = None
+    max_model_len: int | None = None
+    evict: list[str] = []
+    wait: bool = True
+
+
+class LoadResponse(msgspec.Struct, kw_only=True, frozen=True):
+    """Answer of `POST /models/load`: 200 `loaded`, or 202 `loading` when `wait` is false."""
+
+    status: Literal["loaded", "loading"]
+    model_id: str
+    progress: LoadProgress | None = None
+    load_s: float | None = None
+    evicted: list[str] = []
+
+
+class UnloadRequest(msgspec.Struct, kw_only=True, frozen=True):
+    """Body of `POST /models/unload`."""
+
+    model_id: str
+
+
+class UnloadResponse(msgspec.Struct, kw_only=True, frozen=True):
+    """Answer of `POST /models/unload`."""
+
+    status: Literal["unloaded"]
+    model_id: str
+
+
+class Endpoint(msgspec.Struct, kw_only=True, frozen=True):
+    """`GET /models/{id}/endpoint`: where to send requests for a loaded model."""
+
+    url: str

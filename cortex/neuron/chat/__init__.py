@@ -1,0 +1,1 @@
+"""Between messages and tokens: templates, tokenizers, output parsing, grammars, chunk streams."""

@@ -1,0 +1,1 @@
+"""The inference engine: scheduler, caches, runner, sampler and the process that hosts them."""

@@ -1,0 +1,166 @@
+"""Frames between a neuron and an engine process, over a Unix socket.
+
+Each frame is a 4-byte little-endian length and a msgpack body (`COMMANDS` from the neuron,
+`EVENTS` from the engine). This module imports no torch: the neuron reads it too.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from cortex.neuron.models.source import ModelSource
+
+MAX_FRAME_BYTES = 64 << 20
+LENGTH_BYTES = 4
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class LoadModel(msgspec.Struct, kw_only=True, frozen=True, tag="load"):
+    """First command to a fresh engine process."""
+
+    source: ModelSource
+    device: str = "cpu"  # "cpu" or "cuda:N"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = None  # None: the checkpoint's own, bounded by memory
+    max_num_seqs: int = 32  # state slots, and the widest decode batch
+    max_batched_tokens: int = 512  # tokens in one step
+    block_size: int = 32  # tokens per KV block
+    cache_bytes: int | None = None  # KV cache; None: a default for the device
+    num_threads: int = 1
+
+
+class Sampling(msgspec.Struct, kw_only=True, frozen=True):
+    """How one request's tokens are drawn. temperature 0 is greedy; 0 or 1 switch the others off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    num_logprobs: int | None = None  # None: no logprobs; 0: the chosen token's only
+
+
+class Constraint(msgspec.Struct, kw_only=True, frozen=True):
+    """A grammar that output must follow.
+
+    With `trigger_id` the grammar starts each time the model emits that token (which is not part
+    of the match) and free text resumes once the grammar is complete; without it the grammar
+    holds from the first token (or from the token after `skip_until_id` if that is set, which is
+    how a thinking block stays free) and the request stops when it is complete.
+    """
+
+    lark: str  # llguidance's Lark-like syntax
+    tokenizer_path: str  # tokenizer.json the grammar's tokens refer to
+    trigger_id: int | None = None
+    skip_until_id: int | None = None
+
+
+class Submit(msgspec.Struct, kw_only=True, frozen=True, tag="submit"):
+    """Start generating for one sequence."""
+
+    request_id: int
+    prompt_ids: list[int]
+    max_tokens: int
+    stop_ids: list[int] = []
+    sampling: Sampling = Sampling()
+    constraint: Constraint | None = None
+
+
+class Cancel(msgspec.Struct, kw_only=True, frozen=True, tag="cancel"):
+    """Stop a sequence and free what it holds; unknown ids are ignored."""
+
+    request_id: int
+
+
+class Shutdown(msgspec.Struct, kw_only=True, frozen=True, tag="shutdown"):
+    """End the process after the current step."""
+
+
+class Progress(msgspec.Struct, kw_only=True, frozen=True, tag="progress"):
+    """A load goes on."""
+
+    phase: Literal["starting", "weights", "caches", "warmup"]
+    bytes_done: int = 0
+    bytes_total: int = 0
+
+
+class Loaded(msgspec.Struct, kw_only=True, frozen=True, tag="loaded"):
+    """The model can serve."""
+
+    max_model_len: int
+    vocab_size: int
+    max_num_seqs: int
+    num_kv_blocks: int
+    block_size: int
+    weight_bytes: int
+    cache_bytes: int
+    torch_version: str
+    device: str
+    dtype: str
+
+
+class LoadFailed(msgspec.Struct, kw_only=True, frozen=True, tag="load_failed"):
+    """The model cannot be loaded; the process ends after this."""
+
+    code: Literal["unreadable_checkpoint", "unsupported_model", "out_of_memory", "internal"]
+    message: str
+
+
+class Logprob(msgspec.Struct, kw_only=True, frozen=True):
+    """One token's log probability and its `num_logprobs` likeliest rivals, best first."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class TokenEvent(msgspec.Struct, kw_only=True, frozen=True):
+    """New tokens of one sequence, or its end.
+
+    A stop token that ended the sequence is included in `token_ids`. `cached_tokens` counts
+    prompt tokens taken from a prefix cache.
+    """
+
+    request_id: int
+    token_ids: list[int] = []
+    finish: FinishReason | None = None
+    error: str | None = None
+    logprobs: list[Logprob] | None = None
+    cached_tokens: int = 0
+
+
+class EngineStats(msgspec.Struct, kw_only=True, frozen=True):
+    """What the scheduler holds after a step, and running rates in tokens per second."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    free_slots: int = 0
+    free_blocks: int = 0
+    tok_s_prefill: float = 0.0
+    tok_s_decode: float = 0.0
+
+
+class StepDone(msgspec.Struct, kw_only=True, frozen=True, tag="step"):
+    """What one engine step produced; also sent with no events when a cancel changed the stats."""
+
+    events: list[TokenEvent]
+    stats: EngineStats
+
+
+Command = LoadModel | Submit | Cancel | Shutdown
+Event = Progress | Loaded | LoadFailed | StepDone
+
+COMMANDS = msgspec.msgpack.Decoder(Command)
+EVENTS = msgspec.msgpack.Decoder(Event)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode_frame(message: Command | Event) -> bytes:
+    """Return the length-prefixed frame of one message."""
+    body = _encoder.encode(message)
+    return len(body).to_bytes(LENGTH_BYTES, "little") + body

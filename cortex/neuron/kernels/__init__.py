@@ -1,0 +1,1 @@
+"""Operators: one wrapper per kernel name with a plain-torch reference beside it."""
