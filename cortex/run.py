@@ -1,0 +1,180 @@
+"""Run a gateway, a neuron, or both in this process, until a signal."""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from cortex.core.catalogue import Catalogue
+from cortex.core.config import (
+    DefaultModel,
+    GatewayConfig,
+    GatewayListen,
+    Harnesses,
+    NeuronAddress,
+    NeuronConfig,
+    TorchHarness,
+    parse_address,
+    user_cache_dir,
+)
+from cortex.core.errors import StartupError
+from cortex.core.serve import Listener, bind, serve, shutdown_on_signals
+from cortex.gateway.app import GatewayApps, open_apps
+from cortex.guide import guide
+from cortex.neuron.app import open_app
+
+OnReady = Callable[[str, str], Awaitable[None]]
+
+BUNDLED_MODEL = "cortex-tiny"
+
+
+class UpOptions(msgspec.Struct, kw_only=True, frozen=True):
+    """What `cortex up` was asked for."""
+
+    model: str | None
+    host: str
+    port: int
+    metrics_port: int
+    neuron_port: int
+    model_dirs: list[str]
+    num_threads: int
+
+
+async def run_up(options: UpOptions) -> None:
+    """Serve what is at hand on this machine until a signal, and print how to call it.
+
+    Raises:
+        ConfigError, StartupError: it cannot start.
+        LoadFailedError: the model asked for cannot be loaded.
+    """
+    gateway = GatewayConfig(
+        gateway=GatewayListen(
+            listen=f"{options.host}:{options.port}",
+            metrics_listen=f"{options.host}:{options.metrics_port}",
+        )
+    )
+    named, models = _named_model(options.model)
+    torch = TorchHarness(
+        model_dirs=options.model_dirs, models=models, num_threads=options.num_threads
+    )
+    neuron = NeuronConfig(
+        host="127.0.0.1",
+        port=options.neuron_port,
+        state_dir=str(user_cache_dir()),
+        default_models=[DefaultModel(model_id=named)],
+        harness=Harnesses(torch=torch),
+    )
+    await run_both(gateway, neuron, partial(guide, named))
+
+
+def _named_model(model: str | None) -> tuple[str, dict[str, str]]:
+    """Return the id of the model to load and, for a path, where it lies."""
+    if model is None:
+        return BUNDLED_MODEL, {}
+    path = Path(model).expanduser()
+    if path.exists():
+        return path.name.removesuffix(".gguf"), {
+            path.name.removesuffix(".gguf"): str(path.resolve())
+        }
+    if model.startswith((".", "/", "~")):
+        raise StartupError(f"{model}: no such file or directory")
+    return model, {}
+
+
+async def run_gateway(config: GatewayConfig, catalogue: Catalogue) -> None:
+    """Serve the gateway until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError, StartupError: it cannot start.
+    """
+    shutdown = shutdown_on_signals()
+    api, metrics = _bind_gateway(config)
+    async with open_apps(config, catalogue) as apps:
+        listeners = _gateway_listeners(apps, api, metrics)
+        await serve(listeners, shutdown=shutdown, drain_s=config.gateway.drain_s)
+
+
+async def run_neuron(config: NeuronConfig) -> None:
+    """Serve a neuron until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError, StartupError: it cannot start.
+    """
+    shutdown = shutdown_on_signals()
+    bound = bind(config.host, config.port, "neuron")
+    async with open_app(config) as app:
+        listener = Listener(app=app, name="neuron", bound=bound)
+        await serve([listener], shutdown=shutdown, drain_s=config.harness.torch.drain_s)
+
+
+async def run_both(gateway: GatewayConfig, neuron: NeuronConfig, on_ready: OnReady) -> None:
+    """Serve a gateway over one neuron, both in this process, until SIGTERM or SIGINT.
+
+    Args:
+        on_ready: awaited beside the servers, with the base URLs of gateway and neuron, once both
+            accept connections; what it raises ends them.
+
+    Raises:
+        ConfigError, StartupError: one of them cannot start.
+    """
+    shutdown = shutdown_on_signals()
+    api, metrics = _bind_gateway(gateway)
+    inner = bind(neuron.host, neuron.port, "neuron")
+    address = NeuronAddress(name=socket.gethostname(), endpoint=_url(inner))
+    config = msgspec.structs.replace(gateway, neurons=[address])
+    async with AsyncExitStack() as stack:
+        neuron_app = await stack.enter_async_context(open_app(neuron))
+        apps = await stack.enter_async_context(open_apps(config, Catalogue()))
+        listeners = [
+            Listener(app=neuron_app, name="neuron", bound=inner),
+            *_gateway_listeners(apps, api, metrics),
+        ]
+        accepting = asyncio.Event()
+
+        async def greet() -> None:
+            await accepting.wait()
+            await on_ready(_url(api), _url(inner))
+
+        async with asyncio.TaskGroup() as tasks:
+            guiding = tasks.create_task(greet(), name="up guide")
+            await serve(
+                listeners,
+                shutdown=shutdown,
+                drain_s=config.gateway.drain_s,
+                on_bound=lambda _: accepting.set(),
+            )
+            guiding.cancel()
+
+
+def _bind_gateway(config: GatewayConfig) -> tuple[socket.socket, socket.socket]:
+    host, port = parse_address(config.gateway.listen, "gateway.listen")
+    metrics_host, metrics_port = parse_address(
+        config.gateway.metrics_listen, "gateway.metrics_listen"
+    )
+    api = bind(host, port, "gateway")
+    try:
+        return api, bind(metrics_host, metrics_port, "gateway metrics")
+    except BaseException:
+        api.close()
+        raise
+
+
+def _gateway_listeners(
+    apps: GatewayApps, api: socket.socket, metrics: socket.socket
+) -> list[Listener]:
+    return [
+        Listener(app=apps.api, name="gateway", bound=api),
+        Listener(app=apps.metrics, name="gateway metrics", bound=metrics),
+    ]
+
+
+def _url(bound: socket.socket) -> str:
+    """Return how this machine reaches a listening socket."""
+    host, port = bound.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):  # noqa: S104  a comparison, not a bind
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
