@@ -53,6 +53,13 @@ class Eviction(_Config, frozen=True):
     strategy: Literal["lru", "priority"] = "lru"
     defrag_after_cycles: Annotated[int, Meta(ge=0)] = 0
 
+    def __post_init__(self) -> None:
+        if self.defrag_after_cycles:
+            raise ValueError(
+                "eviction.defrag_after_cycles: unloading a model ends its process and gives all "
+                "its memory back, so there is nothing to defragment; remove the key or set it to 0"
+            )
+
 
 class NeuronAddress(_Config, frozen=True):
     """`[[neurons]]`: one GPU host."""
@@ -164,7 +171,7 @@ class NeuronConfig(_Config, frozen=True):
     port: Port = NEURON_PORT
     max_body_mb: Count = 64
     state_dir: str | None = None  # None: the user's cache directory
-    harnesses: list[HarnessName] = [HarnessName(name="torch")]
+    harnesses: list[HarnessName] = []  # empty: torch
     default_models: list[DefaultModel] = []
     harness: Harnesses = Harnesses()
 

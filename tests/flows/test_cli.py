@@ -1,0 +1,121 @@
+"""The `cortex` command as people use it on a terminal."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.support.processes import Cortex, environment, free_port, run_cortex
+
+
+def test_version_names_the_package_and_torch(tmp_path: Path):
+    done = run_cortex(tmp_path, "--version")
+    assert done.returncode == 0
+    assert done.stdout.startswith("cortex 0.2.0 (")
+    assert "torch 2." in done.stdout
+
+
+@pytest.mark.parametrize("command", ["serve", "neuron", "up", "status"])
+def test_help_explains_each_command(tmp_path: Path, command: str):
+    done = run_cortex(tmp_path, command, "--help")
+    assert done.returncode == 0
+    assert "--help" in done.stdout
+
+
+def test_status_shows_nodes_and_models_and_ends_with_0_when_all_is_well(up: Cortex, tmp_path: Path):
+    done = run_cortex(tmp_path, "status", "-e", up.url)
+    assert done.returncode == 0, done.stderr
+    assert "cortex-tiny" in done.stdout
+    assert "loaded" in done.stdout
+
+
+def test_status_as_json_is_one_object(up: Cortex, tmp_path: Path):
+    done = run_cortex(tmp_path, "status", "-e", up.url, "--json")
+    assert done.returncode == 0
+    report = msgspec.json.decode(done.stdout)
+    assert report["status"] == "ok"
+    assert "cortex-tiny" in [model["id"] for model in report["models"]]
+
+
+def test_status_of_a_gateway_that_is_not_there_ends_with_2(tmp_path: Path):
+    done = run_cortex(tmp_path, "status", "-e", f"http://127.0.0.1:{free_port()}")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_status_of_a_gateway_without_a_healthy_node_ends_with_1(tmp_path: Path):
+    port, metrics, nobody = free_port(), free_port(), free_port()
+    config = tmp_path / "cortex.toml"
+    config.write_text(
+        f'[gateway]\nlisten = "127.0.0.1:{port}"\nmetrics_listen = "127.0.0.1:{metrics}"\n'
+        f'[[neurons]]\nname = "gone"\nendpoint = "http://127.0.0.1:{nobody}"\n'
+    )
+    with subprocess.Popen(
+        [sys.executable, "-m", "cortex", "serve", "-c", str(config)], env=environment(tmp_path)
+    ) as gateway:
+        try:
+            for _ in range(100):
+                done = run_cortex(tmp_path, "status", "-e", f"http://127.0.0.1:{port}")
+                if done.returncode != 2:
+                    break
+        finally:
+            gateway.terminate()
+            assert gateway.wait(30) == 0
+    assert done.returncode == 1
+    assert "gone" in done.stdout
+
+
+def one_line_error(tmp_path: Path, *arguments: str) -> str:
+    done = run_cortex(tmp_path, *arguments)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    return line
+
+
+def test_a_port_in_use_is_named(tmp_path: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        line = one_line_error(tmp_path, "up", "--port", port)
+    assert port in line
+    assert "in use" in line
+
+
+def test_a_missing_configuration_is_named(tmp_path: Path):
+    line = one_line_error(tmp_path, "serve", "-c", str(tmp_path / "cortex.toml"))
+    assert "cortex.toml" in line
+    assert "no such file" in line
+
+
+def test_a_bad_configuration_names_the_key(tmp_path: Path):
+    config = tmp_path / "neuron.toml"
+    config.write_text("prot = 1")
+    assert "prot" in one_line_error(tmp_path, "neuron", "-c", str(config))
+
+
+def test_a_missing_catalogue_is_named(tmp_path: Path):
+    config = tmp_path / "cortex.toml"
+    config.write_text('models_config = "gone.toml"')
+    assert "gone.toml" in one_line_error(tmp_path, "serve", "-c", str(config))
+
+
+def test_up_with_a_path_that_is_not_there_says_so(tmp_path: Path):
+    assert "no such file" in one_line_error(tmp_path, "up", "./no-such-model")
+
+
+def test_up_with_an_unreadable_checkpoint_says_why(tmp_path: Path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "gpt_oss"}')
+    ports = [str(free_port()) for _ in range(3)]
+    line = one_line_error(
+        tmp_path,
+        *("up", str(broken), "--log-level", "error"),
+        *("--port", ports[0], "--metrics-port", ports[1], "--neuron-port", ports[2]),
+    )
+    assert "gpt_oss" in line

@@ -1,0 +1,58 @@
+"""The documents match the code."""
+
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cortex.core import catalogue, config
+
+ROOT = Path(__file__).parents[1]
+STRUCTS = [
+    config.GatewayConfig,
+    config.GatewayListen,
+    config.Eviction,
+    config.NeuronAddress,
+    config.Entitlements,
+    config.ApiKey,
+    config.Upstream,
+    config.NeuronConfig,
+    config.HarnessName,
+    config.DefaultModel,
+    config.TorchHarness,
+    config.Admission,
+    catalogue.CatalogueModel,
+]
+TABLES = {"gateway", "eviction", "neurons", "entitlements", "keys", "upstream"} | {
+    "harnesses",
+    "default_models",
+    "harness",
+    "admission",
+}
+
+
+def documented_keys() -> set[str]:
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    cells = re.findall(r"^\| ([^|]+) \|", text, flags=re.MULTILINE)
+    return {key for cell in cells if "**" not in cell for key in re.findall(r"`([a-z_]+)`", cell)}
+
+
+@pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: struct.__name__)
+def test_every_configuration_key_is_documented(struct: type[msgspec.Struct]):
+    keys = {field.name for field in msgspec.structs.fields(struct)}
+    assert keys - TABLES - documented_keys() == set()
+
+
+def test_no_documented_key_is_unknown_to_the_code():
+    known = {field.name for struct in STRUCTS for field in msgspec.structs.fields(struct)}
+    assert documented_keys() - known == set()
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_between_documents_lead_somewhere(page: str):
+    path = ROOT / page
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text()):
+        assert (path.parent / target).exists(), target
