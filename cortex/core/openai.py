@@ -72,19 +72,19 @@ class RefusalPart(msgspec.Struct, kw_only=True, frozen=True, tag="refusal"):
 class ImagePart(msgspec.Struct, kw_only=True, frozen=True, tag="image_url"):
     """An image; well-formed, and refused where the model has no vision."""
 
-    image_url: msgspec.Raw = msgspec.Raw()
+    image_url: Any = None
 
 
 class AudioPart(msgspec.Struct, kw_only=True, frozen=True, tag="input_audio"):
     """A sound; well-formed, and refused where the model cannot hear."""
 
-    input_audio: msgspec.Raw = msgspec.Raw()
+    input_audio: Any = None
 
 
 class FilePart(msgspec.Struct, kw_only=True, frozen=True, tag="file"):
     """A file; well-formed, and refused where the model cannot read it."""
 
-    file: msgspec.Raw = msgspec.Raw()
+    file: Any = None
 
 
 Part = TextPart | RefusalPart | ImagePart | AudioPart | FilePart
@@ -341,6 +341,7 @@ class Choice(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     index: int = _kept(0)
     message: AssistantMessage
     finish_reason: str | None = _kept(None)
+    stop_reason: str | None = None  # the stop string that ended it; an extension others have too
     logprobs: ChoiceLogprobs | None = None
 
 
@@ -387,6 +388,7 @@ class ChunkChoice(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True)
     index: int = _kept(0)
     delta: Delta = _kept(Delta())
     finish_reason: str | None = _kept(None)
+    stop_reason: str | None = None  # the stop string that ended it; an extension others have too
     logprobs: ChoiceLogprobs | None = None
 
 

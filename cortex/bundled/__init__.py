@@ -1,0 +1,1 @@
+"""The small bundled model and how it was made."""

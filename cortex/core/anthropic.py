@@ -1,0 +1,245 @@
+"""Wire structs of the Anthropic Messages dialect: requests, answers, stream events, errors.
+
+Requests are tolerant: unknown fields, betas and block types are accepted. A block is one struct
+for all types, since clients send types that did not exist when this was written.
+"""
+
+import datetime
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from cortex.core.errors import CortexError
+from cortex.core.openai import MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ModelCard, StopString
+
+PING = b'event: ping\ndata: {"type": "ping"}\n\n'
+
+# What a client is told by status where the dialect has a type of its own.
+_ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+_encoder = msgspec.json.Encoder()
+
+
+class Source(msgspec.Struct, kw_only=True, frozen=True):
+    """Where an image or document comes from: base64 data, a URL or plain text."""
+
+    type: str
+    media_type: str | None = None
+    data: str | None = None
+    url: str | None = None
+
+
+class Block(msgspec.Struct, kw_only=True, frozen=True):
+    """One content block of a request; `type` says which of the fields count."""
+
+    type: str
+    text: str | None = None
+    source: Source | None = None
+    id: str | None = None
+    name: str | None = None
+    input: dict[str, Any] | None = None
+    tool_use_id: str | None = None
+    content: "str | list[Block] | None" = None
+    is_error: bool | None = None
+    thinking: str | None = None
+    title: str | None = None
+
+
+class Turn(msgspec.Struct, kw_only=True, frozen=True):
+    """One turn of the conversation; newer clients also send system turns here."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str | list[Block]
+
+
+class ToolParam(msgspec.Struct, kw_only=True, frozen=True):
+    """A declared tool; one without a schema is a tool of the vendor's own servers."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    type: str | None = None
+    description: str | None = None
+    input_schema: dict[str, Any] | None = None
+
+
+class ToolChoice(msgspec.Struct, kw_only=True, frozen=True):
+    """`tool_choice`."""
+
+    type: Literal["auto", "any", "none", "tool"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.type == "tool" and not self.name:
+            raise ValueError("tool_choice of type tool needs a name")
+
+
+class Thinking(msgspec.Struct, kw_only=True, frozen=True):
+    """`thinking`."""
+
+    type: str
+    budget_tokens: int | None = None
+
+
+class Metadata(msgspec.Struct, kw_only=True, frozen=True):
+    """`metadata`."""
+
+    user_id: str | None = None
+
+
+class Conversation(msgspec.Struct, kw_only=True, frozen=True):
+    """What a request for a message and one for its token count have in common."""
+
+    model: str
+    messages: Annotated[list[Turn], Meta(max_length=MAX_MESSAGES)]
+    system: str | list[Block] | None = None
+    tools: Annotated[list[ToolParam], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+
+    def __post_init__(self) -> None:
+        if not any(turn.role != "system" for turn in self.messages):
+            raise ValueError("messages must hold at least one user turn")
+
+
+class MessagesRequest(Conversation, kw_only=True, frozen=True):
+    """Body of `POST /v1/messages`."""
+
+    max_tokens: Annotated[int, Meta(gt=0)]
+    stream: bool | None = False
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
+    stop_sequences: Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
+    metadata: Metadata | None = None
+
+
+class CountTokensRequest(Conversation, kw_only=True, frozen=True):
+    """Body of `POST /v1/messages/count_tokens`."""
+
+
+class CountTokensResponse(msgspec.Struct, kw_only=True, frozen=True):
+    """Its answer."""
+
+    input_tokens: int
+
+
+class Usage(msgspec.Struct, kw_only=True, frozen=True):
+    """Tokens in and out; `input_tokens` leaves out those read from a cache."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_creation_input_tokens: int = 0
+    cache_read_input_tokens: int = 0
+
+
+class TextBlock(msgspec.Struct, kw_only=True, frozen=True, tag="text"):
+    """A piece of the answer's text."""
+
+    text: str
+
+
+class ThinkingBlock(msgspec.Struct, kw_only=True, frozen=True, tag="thinking"):
+    """What the model thought before it answered."""
+
+    thinking: str
+    signature: str
+
+
+class ToolUseBlock(msgspec.Struct, kw_only=True, frozen=True, tag="tool_use"):
+    """A tool call."""
+
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class MessageResponse(msgspec.Struct, kw_only=True, frozen=True):
+    """Answer of `POST /v1/messages`."""
+
+    id: str
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    model: str
+    content: list[ThinkingBlock | TextBlock | ToolUseBlock]
+    stop_reason: str | None = None
+    stop_sequence: str | None = None
+    usage: Usage = Usage()
+
+
+class MessageStart(msgspec.Struct, kw_only=True, frozen=True, tag="message_start"):
+    """First event of a stream."""
+
+    message: MessageResponse
+
+
+class StopDelta(msgspec.Struct, kw_only=True, frozen=True):
+    """Why a message ended."""
+
+    stop_reason: str
+    stop_sequence: str | None = None
+
+
+class MessageDelta(msgspec.Struct, kw_only=True, frozen=True, tag="message_delta"):
+    """Last event but one: why the message ended, and what it took."""
+
+    delta: StopDelta
+    usage: Usage
+
+
+class ModelInfo(msgspec.Struct, kw_only=True, frozen=True):
+    """One entry of `/v1/models`."""
+
+    type: Literal["model"] = "model"
+    id: str
+    display_name: str
+    created_at: str
+
+
+class ModelPage(msgspec.Struct, kw_only=True, frozen=True):
+    """`/v1/models`; always one page."""
+
+    data: list[ModelInfo]
+    has_more: bool = False
+    first_id: str | None = None
+    last_id: str | None = None
+
+
+def model_info(card: ModelCard) -> ModelInfo:
+    """Return a model's entry in this dialect."""
+    created = datetime.datetime.fromtimestamp(card.created, datetime.UTC)
+    return ModelInfo(
+        id=card.id, display_name=card.id, created_at=created.strftime("%Y-%m-%dT%H:%M:%SZ")
+    )
+
+
+def model_list(cards: list[ModelCard]) -> ModelPage:
+    """Return all models as one page."""
+    data = [model_info(card) for card in cards]
+    return ModelPage(
+        data=data,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+    )
+
+
+def error_body(exc: CortexError) -> bytes:
+    """Return an error in this dialect's envelope."""
+    fallback = "api_error" if exc.status >= 500 else "invalid_request_error"
+    kind = _ERROR_TYPES.get(exc.status, fallback)
+    return _encoder.encode({"type": "error", "error": {"type": kind, "message": exc.message}})
+
+
+def error_event(exc: CortexError) -> bytes:
+    """Return the event that ends a stream which failed after its first byte."""
+    return b"event: error\ndata: " + error_body(exc) + b"\n\n"

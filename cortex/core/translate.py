@@ -1,0 +1,297 @@
+"""Between the Anthropic and the OpenAI dialect: requests one way, answers and streams back.
+
+Pure: no clock, no I/O. Nothing is added to a prompt; one thing is taken away on request, the
+billing line that Claude Code puts first in its system text and that changes with every turn.
+"""
+
+import uuid
+from typing import Any
+
+import msgspec
+
+from cortex.core import anthropic
+from cortex.core.anthropic import Block, Conversation, MessageResponse, MessagesRequest
+from cortex.core.errors import BadRequestError, UpstreamMalformedError
+from cortex.core.openai import (
+    ChatCompletion,
+    ChatRequest,
+    FilePart,
+    FunctionCall,
+    FunctionDef,
+    FunctionName,
+    ImagePart,
+    Message,
+    NamedToolChoice,
+    Part,
+    StreamOptions,
+    TextPart,
+    Tool,
+    ToolCall,
+    Usage,
+)
+
+BILLING_PREFIX = "x-anthropic-billing-header"
+# Thinking blocks must carry a signature to be sent back. Nothing here is encrypted, so there is
+# nothing to verify: the value only says where the block is from.
+SIGNATURE = "Y29ydGV4"
+
+_STOP_REASONS = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "content_filter": "refusal",
+}
+
+
+def to_openai(request: Conversation, *, drop_billing_header: bool = True) -> ChatRequest:
+    """Return the OpenAI request that means the same.
+
+    Raises:
+        BadRequestError: the request has no equal in that dialect.
+    """
+    messages = _messages(request, drop_billing_header)
+    tools = _tools(request)
+    choice, parallel = _tool_choice(request, tools)
+    try:
+        chat = ChatRequest(
+            model=request.model,
+            messages=messages,
+            tools=tools or None,
+            tool_choice=choice,
+            parallel_tool_calls=parallel,
+            chat_template_kwargs={"enable_thinking": _wants_thinking(request)},
+        )
+    except ValueError as exc:
+        raise BadRequestError(str(exc)) from exc
+    if not isinstance(request, MessagesRequest):
+        return chat
+    return msgspec.structs.replace(
+        chat,
+        stream=bool(request.stream),
+        stream_options=StreamOptions(include_usage=True) if request.stream else None,
+        max_tokens=request.max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+        stop=request.stop_sequences,
+        user=request.metadata.user_id if request.metadata else None,
+    )
+
+
+def _messages(request: Conversation, drop_billing_header: bool) -> list[Message]:
+    """All system text in one leading message, then the turns."""
+    system = [_system_text(request.system, drop_billing_header)]
+    turns: list[Message] = []
+    for turn in request.messages:
+        if turn.role == "system":
+            system.append(_system_text(turn.content, drop_billing_header))
+        elif isinstance(turn.content, str):
+            turns.append(Message(role=turn.role, content=turn.content))
+        elif turn.role == "assistant":
+            turns.append(_assistant_message(turn.content))
+        else:
+            turns += _user_messages(turn.content)
+    text = "\n\n".join(part for part in system if part)
+    return [Message(role="system", content=text), *turns] if text else turns
+
+
+def _system_text(system: str | list[Block] | None, drop_billing_header: bool) -> str:
+    if system is None:
+        return ""
+    texts = [system] if isinstance(system, str) else [block.text or "" for block in system]
+    if drop_billing_header:
+        texts = [_without_billing(text) for text in texts]
+    return "\n".join(text for text in texts if text)
+
+
+def _without_billing(text: str) -> str:
+    if not text.startswith(BILLING_PREFIX):
+        return text
+    return text.partition("\n")[2]
+
+
+def _assistant_message(blocks: list[Block]) -> Message:
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[ToolCall] = []
+    for index, block in enumerate(blocks):
+        if block.type == "text":
+            texts.append(block.text or "")
+        elif block.type == "thinking":
+            thoughts.append(block.thinking or "")
+        elif block.type == "tool_use":
+            if not block.name:
+                raise BadRequestError("a tool_use block needs a name", param=f"content[{index}]")
+            arguments = msgspec.json.encode(block.input or {}).decode()
+            calls.append(
+                ToolCall(id=block.id, function=FunctionCall(name=block.name, arguments=arguments))
+            )
+    return Message(
+        role="assistant",
+        content="".join(texts) if texts or not calls else None,
+        reasoning_content="".join(thoughts) or None,
+        tool_calls=calls or None,
+    )
+
+
+def _user_messages(blocks: list[Block]) -> list[Message]:
+    """Tool results first, each a message of its own, then the rest of the turn as one."""
+    results: list[Message] = []
+    parts: list[Part] = []
+    for block in blocks:
+        if block.type == "tool_result":
+            message, images = _tool_message(block)
+            results.append(message)
+            parts += images
+        else:
+            parts += _user_parts(block)
+    if not parts:
+        return results or [Message(role="user", content="")]
+    if all(isinstance(part, TextPart) for part in parts):
+        text = "\n".join(part.text for part in parts if isinstance(part, TextPart))
+        return [*results, Message(role="user", content=text)]
+    return [*results, Message(role="user", content=parts)]
+
+
+def _tool_message(block: Block) -> tuple[Message, list[Part]]:
+    """Return a tool result's message, and the images in it, which go into the user's turn."""
+    if not block.tool_use_id:
+        raise BadRequestError("a tool_result block needs a tool_use_id", param="tool_use_id")
+    images: list[Part] = []
+    if isinstance(block.content, list):
+        inner = [part for each in block.content for part in _user_parts(each)]
+        text = "\n".join(part.text for part in inner if isinstance(part, TextPart))
+        images = [part for part in inner if not isinstance(part, TextPart)]
+    else:
+        text = block.content or ""
+    if block.is_error:
+        text = f"Error: {text}" if text else "Error"
+    return Message(role="tool", tool_call_id=block.tool_use_id, content=text), images
+
+
+def _user_parts(block: Block) -> list[Part]:
+    """Return a block's content; a type that is not known counts by its text, if it has one."""
+    source = block.source
+    if block.type == "image" and source is not None:
+        url = source.url or f"data:{source.media_type or 'image/png'};base64,{source.data or ''}"
+        return [ImagePart(image_url=msgspec.Raw(msgspec.json.encode({"url": url})))]
+    if block.type == "document" and source is not None:
+        if source.type == "text":
+            title = f"{block.title}\n" if block.title else ""
+            return [TextPart(text=title + (source.data or ""))]
+        return [FilePart(file=msgspec.Raw(msgspec.json.encode({"filename": block.title})))]
+    if block.text:
+        return [TextPart(text=block.text)]
+    if isinstance(block.content, str):
+        return [TextPart(text=block.content)]
+    if block.content:
+        return [part for each in block.content for part in _user_parts(each)]
+    return []
+
+
+def _tools(request: Conversation) -> list[Tool]:
+    """Return the callable tools; those of the vendor's own servers have no schema and are none."""
+    return [
+        Tool(
+            function=FunctionDef(
+                name=tool.name, description=tool.description, parameters=tool.input_schema
+            )
+        )
+        for tool in request.tools or []
+        if tool.input_schema is not None
+    ]
+
+
+def _tool_choice(request: Conversation, tools: list[Tool]) -> tuple[Any, bool | None]:
+    """Return `tool_choice` and `parallel_tool_calls`."""
+    choice = request.tool_choice
+    if choice is None or not tools:
+        return None, None
+    parallel = False if choice.disable_parallel_tool_use else None
+    if choice.type == "tool":
+        return NamedToolChoice(function=FunctionName(name=choice.name or "")), parallel
+    return {"auto": "auto", "any": "required", "none": "none"}[choice.type], parallel
+
+
+def _wants_thinking(request: Conversation) -> bool:
+    return request.thinking is not None and request.thinking.type in ("enabled", "adaptive")
+
+
+def from_openai(completion: ChatCompletion, model: str) -> MessageResponse:
+    """Return a whole answer as a message.
+
+    Args:
+        model: the name the caller asked for.
+
+    Raises:
+        UpstreamMalformedError: the answer has no choice.
+    """
+    if not completion.choices:
+        raise UpstreamMalformedError("the answer has no choices")
+    choice = completion.choices[0]
+    message = choice.message
+    content: list[Any] = []
+    thought = message.reasoning_content or message.reasoning
+    if thought:
+        content.append(anthropic.ThinkingBlock(thinking=thought, signature=SIGNATURE))
+    if message.content:
+        content.append(anthropic.TextBlock(text=message.content))
+    content += [
+        anthropic.ToolUseBlock(
+            id=call.id or new_tool_id(),
+            name=call.function.name,
+            input=_tool_input(call.function.arguments),
+        )
+        for call in message.tool_calls or []
+    ]
+    return MessageResponse(
+        id=message_id(completion.id),
+        model=model,
+        content=content,
+        stop_reason=stop_reason(choice.finish_reason, choice.stop_reason),
+        stop_sequence=choice.stop_reason,
+        usage=usage_of(completion.usage),
+    )
+
+
+def message_id(completion_id: str) -> str:
+    """Return the id of the message that a completion becomes."""
+    return "msg_" + (completion_id.removeprefix("chatcmpl-") or uuid.uuid4().hex)
+
+
+def stop_reason(finish_reason: str | None, stop_string: str | None) -> str:
+    """Return the dialect's word for why an answer ended."""
+    if stop_string is not None:
+        return "stop_sequence"
+    return _STOP_REASONS.get(finish_reason or "stop", "end_turn")
+
+
+def usage_of(usage: Usage | None) -> anthropic.Usage:
+    """Return token counts in the dialect's split of fresh and cached input."""
+    if usage is None:
+        return anthropic.Usage()
+    details = usage.prompt_tokens_details
+    cached = (details.cached_tokens or 0) if details is not None else 0
+    return anthropic.Usage(
+        input_tokens=usage.prompt_tokens - cached,
+        output_tokens=usage.completion_tokens,
+        cache_read_input_tokens=cached,
+    )
+
+
+def new_tool_id() -> str:
+    """Return an id for a call that came without one."""
+    return f"toolu_{uuid.uuid4().hex[:24]}"
+
+
+def _tool_input(arguments: str | dict[str, Any] | None) -> dict[str, Any]:
+    """Return a call's arguments as an object; text that is none is kept under a key of its own."""
+    if isinstance(arguments, dict):
+        return arguments
+    if not arguments:
+        return {}
+    try:
+        value = msgspec.json.decode(arguments)
+    except (msgspec.DecodeError, RecursionError):
+        return {"arguments": arguments}
+    return value if isinstance(value, dict) else {"arguments": value}

@@ -1,0 +1,367 @@
+"""From a request to an answer: route, load if need be, relay.
+
+Another node is tried as long as the caller has not seen a byte of the answer.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from cortex.core.catalogue import Catalogue
+from cortex.core.errors import (
+    CortexError,
+    ModelLoadingError,
+    RemoteError,
+    ServiceUnavailableError,
+    UpstreamConnectionError,
+)
+from cortex.core.openai import parse_chat_request
+from cortex.gateway.fleet import Fleet, FleetSnapshot
+from cortex.gateway.loads import Loads
+from cortex.gateway.metrics import Metrics, RequestTiming
+from cortex.gateway.neuron_client import NeuronClient, UnreachableError
+from cortex.gateway.proxy import Exchange, Proxy, StreamMeter, note_usage, usage_of
+from cortex.gateway.router import (
+    ColdLoad,
+    Refuse,
+    Serve,
+    choose_route,
+    nodes_listing,
+)
+
+# Choices of a node and joined loads together, so that a fleet that thrashes ends a request.
+MAX_ROUTES = 8
+# A node that failed after this long has had its chance; the caller is told instead of made to
+# wait the same time again.
+RETRY_WITHIN_S = 60.0
+# A cold stream gets its first byte this soon, unless the load fails even sooner.
+FIRST_BYTE_S = 0.25
+LOADING_RETRY_S = 5.0
+TOKENIZE_S = 30.0
+MAX_TOKENIZE_BYTES = 64 << 20
+
+# What a node answers when it cannot take the request just now but another one may.
+_ELSEWHERE = frozenset([429, 502, 503])
+# What a node answers when it no longer holds the model: it was evicted since the last reading.
+_GONE = frozenset(["model_not_found", "model_not_loaded", "model_unloading"])
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A request as it came.
+
+    Attributes:
+        name: the model id or alias asked for.
+        path: where at the node it goes.
+        body: OpenAI-dialect JSON; its bytes are forwarded, but for `model` behind an alias.
+        headers: those that the node is to see.
+    """
+
+    name: str
+    path: str
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Translator(Protocol):
+    """Turns the node's event stream into another dialect's."""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Return what a chunk of the node's stream becomes; often less than an event."""
+
+    def end(self) -> bytes:
+        """Return what the stream ends with, after the node's own proper end."""
+
+
+class _Journey:
+    """What has happened to one request so far."""
+
+    def __init__(self, ask: Ask, timing: RequestTiming, arrival_s: float) -> None:
+        self.ask = ask
+        self.timing = timing
+        self.arrival_s = arrival_s
+        self.avoid: set[str] = set()
+        self.error: CortexError | None = None
+        self.is_checked = False
+        self.routes = 0
+
+    def body_for(self, model_id: str) -> bytes:
+        """Return the body with the node's own name of the model."""
+        if model_id == self.ask.name:
+            return self.ask.body
+        return with_model(self.ask.body, model_id)
+
+
+_fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def with_model(body: bytes, model_id: str) -> bytes:
+    """Return a JSON object with `model` replaced and every other value as it was, byte by byte."""
+    fields = _fields_decoder.decode(body)
+    fields["model"] = msgspec.Raw(msgspec.json.encode(model_id))
+    return msgspec.json.encode(fields)
+
+
+class Dispatcher:
+    """Takes requests through routing, loading and relaying, and meters them.
+
+    Args:
+        cold_wait_s: how long a caller who does not stream waits for a load.
+        poke: has a node polled at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        fleet: Fleet,
+        catalogue: Catalogue,
+        loads: Loads,
+        proxy: Proxy,
+        client: NeuronClient,
+        metrics: Metrics,
+        cold_wait_s: float,
+        poke: Callable[[str], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._fleet = fleet
+        self._catalogue = catalogue
+        self._loads = loads
+        self._proxy = proxy
+        self._client = client
+        self._metrics = metrics
+        self._cold_wait_s = cold_wait_s
+        self._poke = poke
+        self._clock = clock
+
+    async def stream(
+        self, ask: Ask, keepalive: bytes, translator: Translator | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the node's event stream as it comes, or translated.
+
+        A cold model's stream begins with `keepalive`, so that the caller has a byte at once.
+
+        Raises:
+            CortexError: before the first byte as for `whole`; afterwards when the stream breaks.
+        """
+        journey = self._begin(ask)
+        meter = StreamMeter(journey.timing, journey.arrival_s, self._clock)
+        exchange: Exchange | None = None
+        try:
+            if not await self._is_warm(journey):
+                yield keepalive
+            exchange = await self._open(journey, meter)
+            chunk = exchange.first
+            if translator is None:
+                while chunk:
+                    yield chunk
+                    chunk = await exchange.next_chunk()
+                return
+            while chunk:
+                yield translator.feed(chunk)
+                chunk = await exchange.next_chunk()
+            yield translator.end()
+        except CortexError:
+            journey.timing.failed = True
+            raise
+        finally:
+            if exchange is not None:
+                exchange.close()
+            self._finish(journey)
+
+    async def whole(self, ask: Ask) -> bytes:
+        """Return the node's whole answer.
+
+        Raises:
+            ModelLoadingError: the model is not loaded within `cold_wait_s`; its load goes on.
+            CortexError: no node could take the request; why the last one could not.
+        """
+        journey = self._begin(ask)
+        try:
+            body = await self._call(journey)
+            usage = usage_of(body)
+            if usage is not None:
+                note_usage(journey.timing, usage)
+        except CortexError:
+            journey.timing.failed = True
+            raise
+        finally:
+            self._finish(journey)
+        return body
+
+    async def tokenize(self, ask: Ask) -> bytes:
+        """Return the answer of a node that knows the model's tokenizer; nothing is loaded.
+
+        Raises:
+            CortexError: no node that lists the model answers.
+        """
+        model_id = self._catalogue.resolve(ask.name)
+        body = ask.body if model_id == ask.name else with_model(ask.body, model_id)
+        error: CortexError | None = None
+        for node in nodes_listing(self._fleet.snapshot(), model_id):
+            try:
+                async with asyncio.timeout(TOKENIZE_S):
+                    return await self._client.call(
+                        node.name, node.endpoint, ask.path, body, MAX_TOKENIZE_BYTES
+                    )
+            except TimeoutError:
+                error = UpstreamConnectionError(
+                    f"node {node.name} did not answer within {TOKENIZE_S:g} s"
+                )
+            except RemoteError as exc:
+                if exc.status not in _ELSEWHERE:
+                    raise
+                error = exc
+            except UpstreamConnectionError as exc:
+                self._node_failed(node.name, exc)
+                error = exc
+        if error is not None:
+            raise error
+        route = choose_route(self._fleet.snapshot(), self._catalogue, ask.name)
+        if isinstance(route, Refuse):
+            raise route.error
+        raise ServiceUnavailableError(
+            f"no node has the tokenizer of model '{ask.name}' yet; it comes with its first load"
+        )
+
+    def _begin(self, ask: Ask) -> _Journey:
+        # Names that nobody knows are not made into labels: callers could make up any number.
+        model_id = self._catalogue.resolve(ask.name)
+        snapshot = self._fleet.snapshot()
+        known = snapshot.lists(model_id) or self._catalogue.find(model_id) is not None
+        return _Journey(ask, RequestTiming(model=model_id if known else ""), self._clock())
+
+    def _finish(self, journey: _Journey) -> None:
+        journey.timing.duration_s = self._clock() - journey.arrival_s
+        self._metrics.record(journey.timing)
+
+    async def _is_warm(self, journey: _Journey) -> bool:
+        """Whether the request can go on at once, after a short wait for a load to get ready."""
+        route = self._route(journey)
+        if isinstance(route, Serve):
+            return True
+        try:
+            async with asyncio.timeout(FIRST_BYTE_S):
+                await self._loads.ensure_loaded(route)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _open(self, journey: _Journey, meter: StreamMeter) -> Exchange:
+        while True:
+            route = self._route(journey)
+            if isinstance(route, ColdLoad):
+                await self._loads.ensure_loaded(route)
+                continue
+            journey.timing.node = route.node
+            try:
+                return await self._proxy.open(
+                    route,
+                    journey.ask.path,
+                    journey.body_for(route.model_id),
+                    journey.ask.headers,
+                    meter,
+                )
+            except CortexError as exc:
+                self._again_or_raise(journey, route, exc)
+
+    async def _call(self, journey: _Journey) -> bytes:
+        while True:
+            route = self._route(journey)
+            if isinstance(route, ColdLoad):
+                await self._wait_for_load(route)
+                continue
+            journey.timing.node = route.node
+            try:
+                return await self._proxy.call(
+                    route,
+                    journey.ask.path,
+                    journey.body_for(route.model_id),
+                    journey.ask.headers,
+                )
+            except CortexError as exc:
+                self._again_or_raise(journey, route, exc)
+
+    def _route(self, journey: _Journey) -> Serve | ColdLoad:
+        """Choose where to go next.
+
+        Raises:
+            CortexError: nowhere is left; the error of the last try, if there was one.
+        """
+        journey.routes += 1
+        route = choose_route(
+            self._fleet.snapshot(), self._catalogue, journey.ask.name, avoid=journey.avoid
+        )
+        if isinstance(route, Refuse):
+            raise journey.error or route.error
+        if isinstance(route, ColdLoad) and journey.error is not None and _is_busy(journey.error):
+            # A full queue is no reason to turn other models out of another node.
+            raise journey.error
+        if isinstance(route, ColdLoad) and not journey.is_checked:
+            # Nothing is loaded, and nobody evicted, for a request that is then refused.
+            parse_chat_request(journey.ask.body)
+            journey.is_checked = True
+        if journey.routes > MAX_ROUTES:
+            raise journey.error or ServiceUnavailableError(
+                f"model '{journey.ask.name}' is evicted as fast as it is loaded; the fleet is "
+                "short of memory for what is asked of it",
+                retry_after_s=LOADING_RETRY_S,
+            )
+        return route
+
+    async def _wait_for_load(self, cold: ColdLoad) -> None:
+        try:
+            async with asyncio.timeout(self._cold_wait_s):
+                await self._loads.ensure_loaded(cold)
+        except TimeoutError as exc:
+            raise _still_loading(self._fleet.snapshot(), cold.model_id) from exc
+
+    def _again_or_raise(self, journey: _Journey, serve: Serve, exc: CortexError) -> None:
+        """Note a failed try; raise where another one is pointless."""
+        if isinstance(exc, RemoteError) and exc.code in _GONE:
+            # It was there at the last reading; now it has to be loaded again, here or elsewhere.
+            self._fleet.record_status(serve.node, serve.model_id, "unloaded")
+            self._poke(serve.node)
+            return
+        journey.error = exc
+        journey.avoid.add(serve.node)
+        if isinstance(exc, UpstreamConnectionError):
+            self._node_failed(serve.node, exc)
+        elif not isinstance(exc, RemoteError) or exc.status not in _ELSEWHERE:
+            raise exc
+        if self._clock() - journey.arrival_s > RETRY_WITHIN_S:
+            raise exc
+
+    def _node_failed(self, node: str, exc: UpstreamConnectionError) -> None:
+        _logger.warning("a request failed: %s", exc.message, extra={"node": node})
+        if isinstance(exc, UnreachableError):
+            # As telling as a missed poll; the poller finds out at once what is the matter.
+            self._fleet.record_failure(node, exc.message)
+        self._poke(node)
+
+
+def _is_busy(exc: CortexError) -> bool:
+    return exc.status == 429 or exc.code == "queue_full"
+
+
+def _still_loading(snapshot: FleetSnapshot, model_id: str) -> ModelLoadingError:
+    extras: dict[str, object] = {}
+    left_s: float | None = None
+    for node in snapshot.nodes:
+        info = node.models.get(model_id)
+        if info is not None and info.status == "loading":
+            extras["node"] = node.name
+            if info.progress is not None:
+                extras["progress"] = msgspec.to_builtins(info.progress)
+                left_s = info.progress.seconds_left
+            break
+    return ModelLoadingError(
+        f"model '{model_id}' is still loading; the load goes on, try again shortly",
+        retry_after_s=max(1.0, left_s) if left_s is not None else LOADING_RETRY_S,
+        extras=extras,
+    )

@@ -1,0 +1,198 @@
+"""The gateway's HTTP routes: read what must be read, hand the rest to the dispatcher."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from cortex.core import anthropic, openai, translate
+from cortex.core.catalogue import Catalogue
+from cortex.core.config import GatewayListen
+from cortex.core.errors import MissingModelError, ModelNotFoundError, UpstreamMalformedError
+from cortex.core.translate_stream import StreamTranslator
+from cortex.core.translate_stream import StreamTranslator
+from cortex.core.web import (
+    EventStream,
+    cancel_on_disconnect,
+    decode_body,
+    dialect_of,
+    json_response,
+    read_body,
+)
+from cortex.gateway.auth import Gatekeeper
+from cortex.gateway.dispatch import Ask, Dispatcher
+from cortex.gateway.fleet import Fleet
+from cortex.gateway.metrics import CONTENT_TYPE, Metrics
+from cortex.gateway.views import health_report, model_card, model_cards
+
+CHAT_PATH = "/v1/chat/completions"
+TOKENIZE_PATH = "/v1/tokenize"
+# What a node may want to know of the caller; keys stay here.
+FORWARDED_HEADERS = ("x-request-id", "x-session-affinity")
+
+_T = TypeVar("_T")
+
+_messages_decoder = msgspec.json.Decoder(anthropic.MessagesRequest)
+_count_decoder = msgspec.json.Decoder(anthropic.CountTokensRequest)
+_completion_decoder = msgspec.json.Decoder(openai.ChatCompletion)
+_encoder = msgspec.json.Encoder()
+
+
+class _TokenizeRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Body of a neuron's `POST /v1/tokenize`."""
+
+    model: str
+    messages: list[openai.Message]
+    tools: list[openai.Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class _TokenizeResponse(msgspec.Struct, kw_only=True):
+    """Its answer."""
+
+    count: int
+
+
+_tokenize_decoder = msgspec.json.Decoder(_TokenizeResponse)
+
+
+class Handlers:
+    """The API's endpoints over one dispatcher."""
+
+    def __init__(
+        self,
+        *,
+        fleet: Fleet,
+        catalogue: Catalogue,
+        dispatcher: Dispatcher,
+        gatekeeper: Gatekeeper,
+        settings: GatewayListen,
+    ) -> None:
+        self._fleet = fleet
+        self._catalogue = catalogue
+        self._dispatcher = dispatcher
+        self._gatekeeper = gatekeeper
+        self._max_body_bytes = settings.max_body_mb << 20
+        self._keepalive_s = settings.keepalive_s
+        self._drop_billing = settings.strip_billing_header
+
+    def routes(self) -> list[Route]:
+        """Return the API's routes; all but health ask for a key where keys are required."""
+        return [
+            Route("/", self._health, methods=["GET"]),
+            Route("/health", self._health, methods=["GET"]),
+            Route("/v1/models", self._guarded(self._models), methods=["GET"]),
+            Route("/v1/models/{name:path}", self._guarded(self._model), methods=["GET"]),
+            Route(CHAT_PATH, self._guarded(self._chat), methods=["POST"]),
+            Route("/v1/messages", self._guarded(self._messages), methods=["POST"]),
+            Route("/v1/messages/count_tokens", self._guarded(self._count_tokens), methods=["POST"]),
+        ]
+
+    def _guarded(
+        self, endpoint: Callable[[Request], Awaitable[ASGIApp]]
+    ) -> Callable[[Request], Awaitable[ASGIApp]]:
+        async def checked(request: Request) -> ASGIApp:
+            self._gatekeeper.check(request.headers)
+            return await endpoint(request)
+
+        return checked
+
+    async def _health(self, _: Request) -> Response:
+        return json_response(health_report(self._fleet.snapshot()))
+
+    async def _models(self, request: Request) -> Response:
+        cards = model_cards(self._fleet.snapshot(), self._catalogue)
+        if dialect_of(request.scope) == "anthropic":
+            return json_response(anthropic.model_list(cards))
+        return json_response(openai.ModelList(data=cards))
+
+    async def _model(self, request: Request) -> Response:
+        name: str = request.path_params["name"]
+        card = model_card(self._fleet.snapshot(), self._catalogue, name)
+        if card is None:
+            raise ModelNotFoundError(
+                f"model '{name}' does not exist; GET /v1/models lists what there is", param="model"
+            )
+        if dialect_of(request.scope) == "anthropic":
+            return json_response(anthropic.model_info(card))
+        return json_response(card)
+
+    async def _chat(self, request: Request) -> ASGIApp:
+        body = await read_body(request, max_bytes=self._max_body_bytes)
+        head = openai.parse_head(body)
+        if not head.model:
+            raise MissingModelError("the request names no model; set `model`", param="model")
+        ask = Ask(name=head.model, path=CHAT_PATH, body=body, headers=_forwarded(request))
+        if head.stream:
+            return EventStream(
+                self._dispatcher.stream(ask, openai.KEEPALIVE),
+                keepalive=openai.KEEPALIVE,
+                keepalive_s=self._keepalive_s,
+                on_error=openai.error_event,
+            )
+        answer = await cancel_on_disconnect(request, self._dispatcher.whole(ask))
+        return Response(answer, media_type="application/json")
+
+    async def _messages(self, request: Request) -> ASGIApp:
+        body = await read_body(request, max_bytes=self._max_body_bytes)
+        message = decode_body(_messages_decoder, body)
+        chat = translate.to_openai(message, drop_billing_header=self._drop_billing)
+        ask = Ask(
+            name=message.model,
+            path=CHAT_PATH,
+            body=_encoder.encode(chat),
+            headers=_forwarded(request),
+        )
+        if message.stream:
+            translator = StreamTranslator(message.model)
+            return EventStream(
+                self._dispatcher.stream(ask, anthropic.PING, translator),
+                keepalive=anthropic.PING,
+                keepalive_s=self._keepalive_s,
+                on_error=translator.fail,
+            )
+        answer = await cancel_on_disconnect(request, self._dispatcher.whole(ask))
+        completion = _decode_answer(_completion_decoder, answer)
+        return json_response(translate.from_openai(completion, message.model))
+
+    async def _count_tokens(self, request: Request) -> Response:
+        body = await read_body(request, max_bytes=self._max_body_bytes)
+        message = decode_body(_count_decoder, body)
+        chat = translate.to_openai(message, drop_billing_header=self._drop_billing)
+        asked = _TokenizeRequest(
+            model=chat.model,
+            messages=chat.messages,
+            tools=chat.tools,
+            chat_template_kwargs=chat.chat_template_kwargs,
+        )
+        ask = Ask(name=message.model, path=TOKENIZE_PATH, body=_encoder.encode(asked))
+        answer = await cancel_on_disconnect(request, self._dispatcher.tokenize(ask))
+        count = _decode_answer(_tokenize_decoder, answer).count
+        return json_response(anthropic.CountTokensResponse(input_tokens=count))
+
+
+def metrics_routes(metrics: Metrics) -> list[Route]:
+    """Return the routes of the metrics listener."""
+
+    async def render(_: Request) -> Response:
+        return Response(metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+    return [Route("/metrics", render, methods=["GET"])]
+
+
+def _forwarded(request: Request) -> dict[str, str]:
+    headers = request.headers
+    return {name: headers[name] for name in FORWARDED_HEADERS if name in headers}
+
+
+def _decode_answer(decoder: "msgspec.json.Decoder[_T]", body: bytes) -> _T:
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise UpstreamMalformedError(
+            f"the node answered something that is not a completion: {exc}"
+        ) from exc

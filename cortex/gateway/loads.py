@@ -1,0 +1,292 @@
+"""Cold loads: one at a time per model, joined by all who want it, ended by nobody's leaving."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from cortex.core.catalogue import DEFAULT_PRIORITY, Catalogue
+from cortex.core.errors import (
+    CortexError,
+    InternalError,
+    LoadFailedError,
+    RemoteError,
+    ShuttingDownError,
+)
+from cortex.core.neuron_api import LoadResponse
+from cortex.gateway.evictor import Candidate, Strategy, plan_eviction
+from cortex.gateway.fleet import Fleet
+from cortex.gateway.metrics import Metrics
+from cortex.gateway.neuron_client import NeuronClient, UnreachableError
+from cortex.gateway.router import ColdLoad, LoadPlan
+
+MAX_EVICTION_ROUNDS = 2
+# While residents that would have to leave are busy, room is asked for again at this pace.
+ROOM_RETRY_S = 2.0
+ROOM_WAIT_S = 60.0
+# A load may take this long plus the time its weights need at the slowest rate worth waiting for.
+LOAD_BASE_S = 300.0
+SLOWEST_LOAD_BYTES_S = 10 << 20
+UNKNOWN_SIZE_LOAD_S = 3600.0
+RETRY_AFTER_S = 10.0
+
+_MOVING = frozenset(["loading", "recovering", "draining"])
+_GIB = 1 << 30
+_logger = logging.getLogger(__name__)
+
+
+class Resident(msgspec.Struct, kw_only=True, frozen=True):
+    """One model in a neuron's memory, as a refusal for lack of memory lists it."""
+
+    id: str
+    device: int | None = None
+    num_bytes: int = msgspec.field(default=0, name="bytes")
+    last_used_s: float | None = None
+    in_flight: int = 0
+
+
+class Shortage(msgspec.Struct, kw_only=True, frozen=True):
+    """The extras of a neuron's `insufficient_memory`."""
+
+    device: int | None = None
+    needed_bytes: int = 0
+    free_bytes: int = 0
+    residents: list[Resident] = []
+
+
+def load_deadline_s(weight_bytes: int | None) -> float:
+    """Return how long a load of so many bytes may take."""
+    if weight_bytes is None:
+        return UNKNOWN_SIZE_LOAD_S
+    return LOAD_BASE_S + weight_bytes / SLOWEST_LOAD_BYTES_S
+
+
+class _Load:
+    """A load under way, and how it ended."""
+
+    def __init__(self) -> None:
+        self.done = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+        # What waiters get if the gateway ends before the load does.
+        self.error: CortexError | None = ShuttingDownError(
+            "the gateway is shutting down", retry_after_s=RETRY_AFTER_S
+        )
+
+
+class Loads:
+    """The owner of this gateway's cold loads.
+
+    Args:
+        poke: has a node polled at once.
+        tasks: where loads live; they outlast the requests that began them.
+        room_wait_s: how long a load waits for busy residents to become evictable.
+    """
+
+    def __init__(
+        self,
+        client: NeuronClient,
+        fleet: Fleet,
+        metrics: Metrics,
+        catalogue: Catalogue,
+        *,
+        strategy: Strategy,
+        poke: Callable[[str], None],
+        tasks: asyncio.TaskGroup,
+        clock: Callable[[], float],
+        room_wait_s: float = ROOM_WAIT_S,
+        room_retry_s: float = ROOM_RETRY_S,
+    ) -> None:
+        self._client = client
+        self._fleet = fleet
+        self._metrics = metrics
+        self._catalogue = catalogue
+        self._strategy: Strategy = strategy
+        self._poke = poke
+        self._tasks = tasks
+        self._clock = clock
+        self.room_wait_s = room_wait_s
+        self.room_retry_s = room_retry_s
+        self._loads: dict[str, _Load] = {}
+
+    async def ensure_loaded(self, cold: ColdLoad) -> None:
+        """Start the load, or join the one under way, and wait for its end.
+
+        Raises:
+            CortexError: no node could load the model; the cause of the preferred one.
+        """
+        load = self._loads.get(cold.model_id)
+        if load is None:
+            load = self._loads[cold.model_id] = _Load()
+            load.task = self._tasks.create_task(self._run(load, cold), name=f"load {cold.model_id}")
+        await load.done.wait()
+        if load.error is not None:
+            raise load.error
+
+    def cancel(self) -> None:
+        """Give up waiting for the loads under way; what a neuron has begun it goes on with."""
+        for load in self._loads.values():
+            if load.task is not None:
+                load.task.cancel()
+
+    async def _run(self, load: _Load, cold: ColdLoad) -> None:
+        try:
+            await self._try_plans(cold)
+            load.error = None
+        except CortexError as exc:
+            load.error = exc
+        except Exception:  # whatever it was, its waiters must learn that the load ended
+            _logger.exception("loading %s failed unexpectedly", cold.model_id)
+            load.error = InternalError(f"loading model '{cold.model_id}' failed unexpectedly")
+        finally:
+            del self._loads[cold.model_id]
+            load.done.set()
+
+    async def _try_plans(self, cold: ColdLoad) -> None:
+        """Load on the first node that can."""
+        first: CortexError | None = None
+        for plan in cold.plans:
+            try:
+                await self._load_on(plan)
+            except CortexError as exc:
+                _logger.warning(
+                    "loading %s on %s failed: %s", cold.model_id, plan.node, exc.message
+                )
+                first = first or exc
+            else:
+                return
+        assert first is not None
+        raise first
+
+    async def _load_on(self, plan: LoadPlan) -> None:
+        """Load on one node and record how it ended."""
+        model_id, node = plan.request.model_id, plan.node
+        view = self._fleet.snapshot().node(node)
+        before = (view.status(model_id) if view is not None else None) or "unloaded"
+        if before != "loading":
+            self._metrics.record_cold_start(model_id, node)
+            self._fleet.record_status(node, model_id, "loading")
+        begun_s = self._clock()
+        limit_s = load_deadline_s(plan.weight_bytes)
+        try:
+            async with asyncio.timeout(limit_s):
+                answer = await self._load_making_room(plan)
+        except TimeoutError as exc:
+            self._failed(plan, "failed")
+            raise LoadFailedError(
+                f"model '{model_id}' was not loaded on {node} within {limit_s:.0f} s",
+                retry_after_s=RETRY_AFTER_S,
+            ) from exc
+        except UnreachableError as exc:
+            self._fleet.record_failure(node, exc.message)
+            self._failed(plan, "unloaded")
+            raise
+        except RemoteError as exc:
+            self._failed(plan, "failed", exc.message)
+            raise _load_failed(plan, exc) from exc
+        except CortexError:
+            self._failed(plan, "unloaded")
+            raise
+        load_s = self._clock() - begun_s
+        self._fleet.record_status(node, model_id, "loaded")
+        for victim in answer.evicted:
+            self._fleet.record_status(node, victim, "unloaded")
+        self._metrics.record_evictions(len(answer.evicted))
+        self._metrics.record_load(model_id, node, loaded=True, load_s=load_s)
+        _logger.info("model %s loaded on %s", model_id, node, extra={"load_s": round(load_s, 2)})
+        self._poke(node)
+
+    def _failed(self, plan: LoadPlan, status: str, error: str | None = None) -> None:
+        model_id = plan.request.model_id
+        self._fleet.record_status(plan.node, model_id, status, error)
+        self._metrics.record_load(model_id, plan.node, loaded=False, load_s=0.0)
+        self._poke(plan.node)
+
+    async def _load_making_room(self, plan: LoadPlan) -> LoadResponse:
+        """Ask for the load, naming victims where memory is short."""
+        request = plan.request
+        give_up_s = self._clock() + self.room_wait_s
+        rounds = 0
+        while True:
+            try:
+                answer = await self._client.load(plan.node, plan.endpoint, request)
+            except RemoteError as exc:
+                if exc.code != "insufficient_memory":
+                    raise
+                shortage = _shortage(exc)
+                victims = self._victims(plan, shortage, spare_busy=True)
+                if victims and rounds < MAX_EVICTION_ROUNDS:
+                    rounds += 1
+                    request = msgspec.structs.replace(plan.request, evict=victims)
+                    continue
+                # Residents at work may be done soon; nothing else changes by waiting.
+                busy = self._victims(plan, shortage, spare_busy=False)
+                if not busy or rounds >= MAX_EVICTION_ROUNDS or self._clock() >= give_up_s:
+                    raise _no_room(plan, shortage) from exc
+                request = plan.request
+                await asyncio.sleep(self.room_retry_s)
+                continue
+            if answer.status == "loaded":
+                return answer
+            # A neuron that does not wait is asked again, which joins its load.
+            await asyncio.sleep(self.room_retry_s)
+
+    def _victims(self, plan: LoadPlan, shortage: Shortage, *, spare_busy: bool) -> list[str] | None:
+        return plan_eviction(
+            [
+                self._candidate(plan.node, each, spare_busy=spare_busy)
+                for each in shortage.residents
+                if each.id != plan.request.model_id and each.device == shortage.device
+            ],
+            needed_bytes=shortage.needed_bytes,
+            free_bytes=shortage.free_bytes,
+            priority=self._priority(plan.request.model_id),
+            strategy=self._strategy,
+        )
+
+    def _candidate(self, node: str, resident: Resident, *, spare_busy: bool) -> Candidate:
+        entry = self._catalogue.find(resident.id)
+        snapshot = self._fleet.snapshot()
+        # Requests that have left this gateway may not have reached the neuron yet, and a model
+        # on its way in has somebody waiting for it.
+        busy = max(resident.in_flight, snapshot.leases.get((node, resident.id), 0))
+        view = snapshot.node(node)
+        if view is not None and view.status(resident.id) in _MOVING:
+            busy += 1
+        return Candidate(
+            id=resident.id,
+            memory_bytes=resident.num_bytes,
+            idle_s=resident.last_used_s,
+            in_flight=busy if spare_busy else 0,
+            priority=self._priority(resident.id),
+            pinned=entry is not None and node in entry.pinned_on,
+        )
+
+    def _priority(self, model_id: str) -> int:
+        entry = self._catalogue.find(model_id)
+        return entry.priority if entry is not None else DEFAULT_PRIORITY
+
+
+def _shortage(exc: RemoteError) -> Shortage:
+    try:
+        return msgspec.convert(exc.extras, Shortage)
+    except msgspec.ValidationError:
+        # Without figures there is no plan, and the refusal stands.
+        return Shortage()
+
+
+def _load_failed(plan: LoadPlan, exc: RemoteError) -> CortexError:
+    message = f"model '{plan.request.model_id}' could not be loaded on {plan.node}: {exc.message}"
+    if exc.status >= 500:
+        return LoadFailedError(message, retry_after_s=exc.retry_after_s or RETRY_AFTER_S)
+    # What only a change of the checkpoint or the catalogue can mend is not worth a retry.
+    return RemoteError(message, status=exc.status, code=exc.code, kind=exc.kind, extras=exc.extras)
+
+
+def _no_room(plan: LoadPlan, shortage: Shortage) -> LoadFailedError:
+    return LoadFailedError(
+        f"model '{plan.request.model_id}' needs {shortage.needed_bytes / _GIB:.1f} GiB on "
+        f"{plan.node}, {shortage.free_bytes / _GIB:.1f} free, and what is resident there is in "
+        "use, pinned or of higher priority; try again later or unload one",
+        retry_after_s=RETRY_AFTER_S,
+    )

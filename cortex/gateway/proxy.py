@@ -1,0 +1,287 @@
+"""One request at one node: the lease, the bytes through, and what they tell in passing.
+
+Answers are relayed as they come and never parsed event by event. In passing the meter notes when
+the first content token went by and keeps the last few chunks, where usage and the end mark are.
+"""
+
+import asyncio
+import re
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from cortex.core.errors import CortexError, UpstreamConnectionError, UpstreamMalformedError
+from cortex.core.openai import Usage, parse_error
+from cortex.gateway.fleet import Fleet, Lease
+from cortex.gateway.metrics import RequestTiming
+from cortex.gateway.neuron_client import NeuronClient, Reply
+from cortex.gateway.router import Serve
+
+MAX_ANSWER_BYTES = 64 << 20
+MAX_TAIL_CHUNKS = 8
+MAX_TAIL_BYTES = 1 << 16
+# Enough of the chunk before to recognise a first token that two chunks share.
+OVERLAP_BYTES = 64
+
+_CONTENT = re.compile(
+    rb'"(?:content|reasoning_content|reasoning)":\s*"[^"]|"tool_calls":\s*\[\s*\{'
+)
+_DELTA = b'"delta":{"'
+_NO_CONTENT = b'"content":""'
+# At the start of a line only: an answer may quote either.
+_DONE = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
+_FIRST_EVENT = re.compile(rb"(?:^|\n)data:(.*?)\r?\n\r?\n", re.DOTALL)
+_ERROR = re.compile(rb'(?:^|\n)data: ?\{"error"')
+
+
+def _statuses(kind: type[CortexError]) -> dict[str, int]:
+    found = {kind.code: kind.status}
+    for each in kind.__subclasses__():
+        found |= _statuses(each)
+    return found
+
+
+_STATUS_OF_CODE = _statuses(CortexError)
+
+
+class _UsageOnly(msgspec.Struct, kw_only=True):
+    """The one part of an answer that is read."""
+
+    usage: Usage | None = None
+
+
+_usage_decoder = msgspec.json.Decoder(_UsageOnly)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How long a node may be silent: until its first event, and between two chunks."""
+
+    first_token_s: float
+    stall_s: float
+
+
+class StreamMeter:
+    """What a stream's bytes tell without being parsed.
+
+    Args:
+        arrival_s: when the request came, on `clock`.
+    """
+
+    def __init__(self, timing: RequestTiming, arrival_s: float, clock: Callable[[], float]) -> None:
+        self._timing = timing
+        self._arrival_s = arrival_s
+        self._clock = clock
+        self._tail: deque[bytes] = deque(maxlen=MAX_TAIL_CHUNKS)
+        self._overlap = b""
+        self._first_s: float | None = None
+        self._last_s = arrival_s
+        self._num_deltas = 0
+
+    def feed(self, chunk: bytes) -> None:
+        """Note a chunk that goes by."""
+        self._last_s = self._clock()
+        self._tail.append(chunk)
+        if self._first_s is None:
+            if _CONTENT.search(self._overlap + chunk) is None:
+                self._overlap = (self._overlap + chunk)[-OVERLAP_BYTES:]
+                return
+            self._first_s = self._last_s
+            self._timing.ttft_s = self._first_s - self._arrival_s
+            # The role chunk may have come along.
+            self._num_deltas -= chunk.count(_NO_CONTENT)
+        self._num_deltas += chunk.count(_DELTA)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the stream's own end went by: `[DONE]`, or an error in the node's words."""
+        tail = self._tail_bytes()
+        return _DONE.search(tail) is not None or _ERROR.search(tail) is not None
+
+    def close(self) -> None:
+        """Write what went by into the timing."""
+        tail = self._tail_bytes()
+        if _ERROR.search(tail) is not None:
+            self._timing.failed = True
+        if self._first_s is not None and self._last_s > self._first_s:
+            self._timing.decode_s = self._last_s - self._first_s
+        usage = _usage_in(tail)
+        if usage is not None:
+            note_usage(self._timing, usage)
+        else:
+            # Nobody asked for usage, or the client left: the chunks that went by are a lower
+            # bound, and closer to the truth than nothing.
+            self._timing.completion_tokens = self._num_deltas
+
+    def _tail_bytes(self) -> bytes:
+        return b"".join(self._tail)[-MAX_TAIL_BYTES:]
+
+
+def note_usage(timing: RequestTiming, usage: Usage) -> None:
+    """Copy token counts into a timing."""
+    timing.prompt_tokens = usage.prompt_tokens
+    timing.completion_tokens = usage.completion_tokens
+    details = usage.prompt_tokens_details
+    timing.cached_tokens = (details.cached_tokens or 0) if details is not None else 0
+
+
+def usage_of(body: bytes) -> Usage | None:
+    """Return the usage of a whole answer, None where it has none that can be read."""
+    try:
+        return _usage_decoder.decode(body).usage
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _usage_in(tail: bytes) -> Usage | None:
+    for line in reversed(tail.split(b"\n")):
+        if line.startswith(b"data:") and b'"usage"' in line:
+            usage = usage_of(line[5:])
+            if usage is not None:
+                return usage
+    return None
+
+
+class Exchange:
+    """An answer that is being streamed; made by `Proxy.open`, to be closed by its user."""
+
+    def __init__(self, lease: Lease, reply: Reply, stall_s: float, meter: StreamMeter) -> None:
+        self._lease = lease
+        self._reply = reply
+        self._stall_s = stall_s
+        self._meter = meter
+        self._closed = False
+        self.first = b""
+
+    async def read_first(self) -> None:
+        """Read up to the first event; comments before it are dropped, the gateway has its own.
+
+        Raises:
+            UpstreamConnectionError: the stream ended or broke before.
+            RemoteError: the first event is an error.
+        """
+        received = b""
+        while (event := _FIRST_EVENT.search(received)) is None:
+            chunk = await self._reply.read_chunk()
+            if not chunk:
+                raise UpstreamConnectionError(
+                    f"node {self._reply.node} ended its answer before the first event"
+                )
+            received += chunk
+        data = event.group(1)
+        if data.lstrip().startswith(b'{"error"'):
+            # It came after a node's keep-alives, so without a status; its code's is known here.
+            code = parse_error(UpstreamConnectionError.status, data).code
+            raise parse_error(_STATUS_OF_CODE.get(code, UpstreamConnectionError.status), data)
+        self._meter.feed(received)
+        self.first = received
+
+    async def next_chunk(self) -> bytes:
+        """Return what came next, nothing at the stream's proper end.
+
+        Raises:
+            UpstreamConnectionError: the node broke off or fell silent.
+        """
+        try:
+            async with asyncio.timeout(self._stall_s):
+                chunk = await self._reply.read_chunk()
+        except TimeoutError as exc:
+            raise UpstreamConnectionError(
+                f"node {self._reply.node} sent nothing for {self._stall_s:g} s"
+            ) from exc
+        if chunk:
+            self._meter.feed(chunk)
+        elif not self._meter.has_ended:
+            raise UpstreamConnectionError(
+                f"node {self._reply.node} broke off in the middle of the answer"
+            )
+        return chunk
+
+    def close(self) -> None:
+        """Let the node's connection and the lease go, and settle the meter; once."""
+        if not self._closed:
+            self._closed = True
+            self._reply.close()
+            self._lease.release()
+            self._meter.close()
+
+
+class Proxy:
+    """Carries requests to nodes."""
+
+    def __init__(self, client: NeuronClient, fleet: Fleet, limits: Limits) -> None:
+        self._client = client
+        self._fleet = fleet
+        self._limits = limits
+
+    async def open(
+        self, serve: Serve, path: str, body: bytes, headers: Mapping[str, str], meter: StreamMeter
+    ) -> Exchange:
+        """Send a request and return its answer once the first event has come.
+
+        Raises:
+            CortexError: the node could not be reached, refused, broke off or said nothing; the
+                caller has not seen a byte, so another node may be tried.
+        """
+        lease = self._fleet.lease(serve.node, serve.model_id)
+        reply: Reply | None = None
+        try:
+            async with asyncio.timeout(self._limits.first_token_s):
+                reply = await self._post(serve, path, body, headers)
+                if not (reply.header("content-type") or "").startswith("text/event-stream"):
+                    raise UpstreamMalformedError(
+                        f"node {serve.node} did not answer with an event stream"
+                    )
+                exchange = Exchange(lease, reply, self._limits.stall_s, meter)
+                await exchange.read_first()
+        except TimeoutError as exc:
+            _abandon(lease, reply)
+            raise UpstreamConnectionError(
+                f"node {serve.node} produced no token within {self._limits.first_token_s:g} s"
+            ) from exc
+        except BaseException:
+            _abandon(lease, reply)
+            raise
+        return exchange
+
+    async def call(self, serve: Serve, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
+        """Send a request and return its whole answer.
+
+        A long answer takes its time: nothing bounds it but the life of the node.
+
+        Raises:
+            CortexError: as for `open`, or the node became unhealthy meanwhile.
+        """
+        lease = self._fleet.lease(serve.node, serve.model_id)
+        reply: Reply | None = None
+        try:
+            async with asyncio.timeout(None) as watch:
+                lease.on_node_lost(lambda: watch.reschedule(0))
+                reply = await self._post(serve, path, body, headers)
+                return await reply.read_all(MAX_ANSWER_BYTES)
+        except TimeoutError as exc:
+            raise UpstreamConnectionError(
+                f"node {serve.node} became unreachable while it worked on the request"
+            ) from exc
+        finally:
+            _abandon(lease, reply)
+
+    async def _post(
+        self, serve: Serve, path: str, body: bytes, headers: Mapping[str, str]
+    ) -> Reply:
+        reply = await self._client.post(serve.node, serve.endpoint, path, body, headers)
+        if 200 <= reply.status < 300:
+            return reply
+        try:
+            error: CortexError = await reply.error()
+        finally:
+            reply.close()
+        raise error
+
+
+def _abandon(lease: Lease, reply: Reply | None) -> None:
+    lease.release()
+    if reply is not None:
+        reply.close()

@@ -1,0 +1,138 @@
+"""What `cortex status` shows: a gateway's health and models, as data and as table rows."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+import aiohttp
+import msgspec
+
+from cortex.core.openai import ModelCard, ModelList
+from cortex.gateway.views import HealthReport
+
+TIMEOUT_S = 10.0
+MAX_BODY_BYTES = 16 << 20
+
+EXIT_OK = 0
+EXIT_DEGRADED = 1
+EXIT_UNREACHABLE = 2
+
+_health_decoder = msgspec.json.Decoder(HealthReport)
+_models_decoder = msgspec.json.Decoder(ModelList)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusReport:
+    """A gateway's state, or why it could not be had.
+
+    Attributes:
+        error: why the gateway, or its model list, could not be read; None when all is there.
+        exit_code: 0 ok, 1 impaired or degraded, 2 unreachable.
+    """
+
+    endpoint: str
+    exit_code: int
+    health: HealthReport | None = None
+    models: list[ModelCard] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def summary(self) -> str:
+        """One line for the top of the table."""
+        if self.health is None:
+            return f"{self.endpoint}: unreachable: {self.error}"
+        nodes = self.health.nodes
+        return f"{self.endpoint}: {self.health.status}, {nodes.healthy}/{nodes.total} nodes healthy"
+
+    @property
+    def node_rows(self) -> list[tuple[str, str, str, str, str]]:
+        """(node, state, in flight, queued, models) for every node."""
+        return [
+            (
+                node.name,
+                _node_state(node.healthy, node.draining, node.error),
+                str(node.in_flight),
+                str(node.queue_depth),
+                ", ".join(f"{each.id} ({each.state})" for each in node.models) or "-",
+            )
+            for node in (self.health.details if self.health is not None else [])
+        ]
+
+    @property
+    def model_rows(self) -> list[tuple[str, str, str, str]]:
+        """(model, status, where, context) for every model."""
+        return [
+            (
+                card.id,
+                card.status or "unknown",
+                ", ".join(f"{each.node} ({each.status})" for each in card.locations) or "-",
+                str(card.max_model_len) if card.max_model_len is not None else "-",
+            )
+            for card in self.models
+        ]
+
+    def to_json(self) -> bytes:
+        """Return the whole report as JSON."""
+        return msgspec.json.encode(
+            {
+                "endpoint": self.endpoint,
+                "error": self.error,
+                "health": self.health,
+                "models": self.models,
+            }
+        )
+
+
+async def fetch_status(endpoint: str, key: str | None = None) -> StatusReport:
+    """Ask a gateway how it is; what goes wrong is in the report.
+
+    Args:
+        key: sent as bearer where the gateway asks for one; `/health` needs none.
+    """
+    base = endpoint.rstrip("/")
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    async with aiohttp.ClientSession(headers=headers) as session:
+        try:
+            health = _health_decoder.decode(await _get(session, f"{base}/health"))
+        except (_StatusError, msgspec.DecodeError, UnicodeDecodeError) as exc:
+            return StatusReport(endpoint=base, exit_code=EXIT_UNREACHABLE, error=_words(exc))
+        exit_code = EXIT_OK if health.status == "ok" else EXIT_DEGRADED
+        try:
+            models = _models_decoder.decode(await _get(session, f"{base}/v1/models")).data
+        except (_StatusError, msgspec.DecodeError, UnicodeDecodeError) as exc:
+            return StatusReport(
+                endpoint=base, exit_code=exit_code, health=health, error=_words(exc)
+            )
+    return StatusReport(endpoint=base, exit_code=exit_code, health=health, models=models)
+
+
+class _StatusError(Exception):
+    """A question to the gateway failed."""
+
+
+async def _get(session: aiohttp.ClientSession, url: str) -> bytes:
+    try:
+        async with asyncio.timeout(TIMEOUT_S), session.get(url) as response:
+            body = b""
+            while chunk := await response.content.readany():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise _StatusError(f"{url} answered more than {MAX_BODY_BYTES} bytes")
+    except TimeoutError as exc:
+        raise _StatusError(f"no answer within {TIMEOUT_S:g} s") from exc
+    except (aiohttp.ClientError, OSError, ValueError) as exc:
+        raise _StatusError(str(exc)) from exc
+    if response.status != 200:
+        raise _StatusError(f"{url} answered {response.status}")
+    return body
+
+
+def _words(exc: Exception) -> str:
+    return str(exc) if isinstance(exc, _StatusError) else f"not a gateway's answer: {exc}"
+
+
+def _node_state(healthy: bool, draining: bool, error: str | None) -> str:
+    if draining:
+        return "draining"
+    if healthy:
+        return "healthy"
+    return f"down: {error}" if error else "down"

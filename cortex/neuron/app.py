@@ -1,0 +1,132 @@
+"""Puts the neuron together: everything it owns is started and ended here."""
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from starlette.types import ASGIApp
+
+from cortex.core.config import NeuronConfig, user_cache_dir
+from cortex.neuron.activation import Activator
+from cortex.neuron.chat.model import ChatModel, load_chat_model
+from cortex.neuron.discovery import Monitor, NvmlProbe, Probe
+from cortex.neuron.handlers import Handlers
+from cortex.neuron.hub import Hub
+from cortex.neuron.inference import Inference
+from cortex.neuron.library import DEMO_DISTRIBUTIONS, Entry, Library
+from cortex.neuron.lifecycle import Lifecycle
+from cortex.neuron.metrics import Metrics
+from cortex.neuron.scope import task_scope
+from cortex.neuron.views import Views
+
+ENGINE_COMMAND = (sys.executable, "-m", "cortex.neuron.engine.process")
+# How often new checkpoints in the model directories are looked for and described.
+RESCAN_S = 30.0
+
+_logger = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def open_app(
+    config: NeuronConfig,
+    *,
+    engine_command: Sequence[str] = ENGINE_COMMAND,
+    probe: Probe | None = None,
+) -> AsyncIterator[ASGIApp]:
+    """Yield the neuron's app with its background work running; drain and unload on the way out.
+
+    Args:
+        engine_command: the program that becomes an engine process.
+        probe: access to the devices; NVML and /proc by default.
+    """
+    clock = time.monotonic
+    torch = config.harness.torch
+    monitor = Monitor(probe or NvmlProbe())
+    await asyncio.to_thread(monitor.start)
+    library = Library(
+        model_dirs=[Path(each) for each in torch.model_dirs],
+        demos=DEMO_DISTRIBUTIONS if torch.demo_models else (),
+        clock=clock,
+    )
+    await asyncio.to_thread(library.scan)
+    metrics = Metrics()
+    cache_dir = Path(config.state_dir or user_cache_dir()) / "tokenizers"
+    open_chat = partial(
+        _open_chat, cache_dir=cache_dir, default_max_tokens=torch.default_max_tokens
+    )
+    lifecycle = Lifecycle(
+        config=torch,
+        library=library,
+        hub=Hub(cache_dir=torch.hf_cache),
+        monitor=monitor,
+        metrics=metrics,
+        engine_command=engine_command,
+        open_chat=open_chat,
+        clock=clock,
+    )
+    inference = Inference(
+        lifecycle,
+        metrics=metrics,
+        open_chat=open_chat,
+        constrain_tools=torch.constrain_tools,
+        clock=clock,
+        wall_clock=_unix_s,
+    )
+    activator = Activator(lifecycle, config.default_models)
+    views = Views(
+        lifecycle=lifecycle,
+        monitor=monitor,
+        activation=lambda: activator.state,
+        max_model_len=torch.max_model_len,
+        clock=clock,
+    )
+    metrics.show(views.gauges)
+    handlers = Handlers(
+        lifecycle=lifecycle,
+        inference=inference,
+        views=views,
+        metrics=metrics,
+        max_body_bytes=config.max_body_mb << 20,
+    )
+    try:
+        async with lifecycle.run(), task_scope() as tasks:
+            background = [
+                tasks.create_task(activator.run(), name="default models"),
+                tasks.create_task(_keep_library(library), name="library"),
+            ]
+            try:
+                yield handlers.app()
+            finally:
+                for task in background:
+                    task.cancel()
+    finally:
+        inference.close()
+        monitor.close()
+
+
+def _open_chat(entry: Entry, *, cache_dir: Path, default_max_tokens: int) -> ChatModel:
+    chat = load_chat_model(entry.source, model_id=entry.id, cache_dir=cache_dir)
+    return replace(chat, default_max_tokens=default_max_tokens)
+
+
+async def _keep_library(library: Library) -> None:
+    """Describe what was found, and look again from time to time."""
+    while True:
+        try:
+            await asyncio.to_thread(library.describe_all)
+            await asyncio.sleep(RESCAN_S)
+            await asyncio.to_thread(library.scan)
+        except Exception:  # the outermost loop of a background task
+            _logger.exception("the model directories could not be read; trying again later")
+            await asyncio.sleep(RESCAN_S)
+
+
+def _unix_s() -> float:
+    return datetime.now(UTC).timestamp()

@@ -1,0 +1,312 @@
+"""Grammars (llguidance's Lark syntax) that keep tool calls and JSON answers valid.
+
+A tool call is free only where a value is: names of functions and parameters, enumerations,
+numbers, nested JSON and all the syntax around them follow the declared tools.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import llguidance
+import msgspec
+
+from cortex.core.errors import BadRequestError
+from cortex.core.openai import JsonSchemaFormat, Tool
+from cortex.neuron.chat.output import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
+from cortex.neuron.chat.schema import Schema, choices, json_types, resolve
+from cortex.neuron.chat.tokenizer import ChatTokenizer
+from cortex.neuron.engine.protocol import Constraint
+
+MAX_GRAMMAR_CHARS = 2 << 20
+MAX_PARAMETERS = 4096  # over all tools
+MAX_PARAMETER_NAME_CHARS = 256
+MAX_ENUM_VALUES = 1000  # a longer enumeration is free text
+MAX_FORCED_CALLS = 8
+_CHECKED_GRAMMARS = 32
+# Parametric rules hold a set of at most 64 bits.
+_MAX_UNORDERED = 60
+
+_JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{1,32}"}
+_TYPES = frozenset(["array", "boolean", "integer", "null", "number", "object", "string"])
+_BOOLEAN = '("true" | "false" | "True" | "False")'
+_NULL = '("null" | "None")'
+_COMMON = r"""
+value_end: "\n</parameter>\n"
+text[lazy]: /(?s:.*)\n<\/parameter>\n/
+free_parameter: "<parameter=" FREE_NAME ">\n" text
+FREE_NAME: /[^<>\n]{1,64}/
+"""
+
+Thinking = Literal["off", "open", "possible"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Markers:
+    """How a model writes calls and thoughts; ids are None where no single token stands for it.
+
+    Attributes:
+        thinking: whether the prompt leaves a thinking block open, or the model may open one.
+    """
+
+    tokenizer_path: str
+    is_xml: bool
+    thinking: Thinking
+    tool_call_id: int | None
+    end_tool_call_id: int | None
+    think_id: int | None
+    end_think_id: int | None
+
+    @classmethod
+    def of(cls, tokenizer: ChatTokenizer, *, is_xml: bool, thinking: Thinking) -> "Markers":
+        """Return the markers as this tokenizer spells them."""
+        return cls(
+            tokenizer_path=tokenizer.path,
+            is_xml=is_xml,
+            thinking=thinking,
+            tool_call_id=tokenizer.marker_id(TOOL_CALL),
+            end_tool_call_id=tokenizer.marker_id(END_TOOL_CALL),
+            think_id=tokenizer.marker_id(THINK),
+            end_think_id=tokenizer.marker_id(END_THINK),
+        )
+
+
+def optional_calls(tools: list[Tool], markers: Markers) -> Constraint | None:
+    """Return what holds from each `<tool_call>` token on, or None if there is no such token.
+
+    Raises:
+        BadRequestError: the tools are too large for a grammar.
+    """
+    if markers.tool_call_id is None or markers.end_tool_call_id is None:
+        return None
+    block = f'"\\n" call "\\n" {_token(markers.end_tool_call_id, END_TOOL_CALL)}'
+    lark = _tool_grammar(f"start: {block}\n", tools, markers)
+    return Constraint(
+        lark=lark, tokenizer_path=markers.tokenizer_path, trigger_id=markers.tool_call_id
+    )
+
+
+def forced_calls(
+    tools: list[Tool],
+    markers: Markers,
+    *,
+    is_single: bool = False,
+    or_json: JsonSchemaFormat | None = None,
+) -> Constraint:
+    """Return what makes the whole answer one or more calls of these tools.
+
+    Args:
+        is_single: exactly one call.
+        or_json: a JSON answer that is allowed instead of calls.
+
+    Raises:
+        BadRequestError: the tools are too large for a grammar, or the schema is not usable.
+    """
+    begin = _token(markers.tool_call_id, TOOL_CALL)
+    end = _token(markers.end_tool_call_id, END_TOOL_CALL)
+    more = "" if is_single else f' ("\\n" block){{0,{MAX_FORCED_CALLS - 1}}}'
+    lead, rules, skip_until_id = _lead(markers)
+    answer = f"block{more}"
+    if or_json is not None:
+        json_answer(or_json, markers)  # raises if the schema, and not the tools, is at fault
+        answer = f"({answer} | answer)"
+        rules += f"answer: {_answer(or_json)}\n"
+    lark = _tool_grammar(
+        f'start: {lead}{answer}\nblock: {begin} "\\n" call "\\n" {end}\n{rules}', tools, markers
+    )
+    return Constraint(lark=lark, tokenizer_path=markers.tokenizer_path, skip_until_id=skip_until_id)
+
+
+def json_answer(schema: JsonSchemaFormat | None, markers: Markers) -> Constraint:
+    """Return what makes the whole answer one JSON value of a schema, or any JSON object.
+
+    Raises:
+        BadRequestError: the schema is not usable; says why.
+    """
+    lead, rules, skip_until_id = _lead(markers)
+    lark = f"start: {lead}answer\nanswer: {_answer(schema or JsonSchemaFormat())}\n{rules}"
+    problem = _problem(lark)
+    if problem is not None:
+        raise BadRequestError(
+            f"response_format cannot be followed: {problem}", param="response_format"
+        )
+    return Constraint(lark=lark, tokenizer_path=markers.tokenizer_path, skip_until_id=skip_until_id)
+
+
+def _lead(markers: Markers) -> tuple[str, str, int | None]:
+    """Return what may stand before a forced answer: its use, its rules, the token to skip to."""
+    if markers.thinking == "off":
+        return "", "", None
+    newlines = "NEWLINES: /\\n{1,2}/\n"
+    if markers.thinking == "open" and markers.end_think_id is not None:
+        return "NEWLINES? ", newlines, markers.end_think_id
+    if markers.end_think_id is None:
+        thought = "thought[lazy]: /(?s:.*)<\\/think>/\n"
+        block = "thought"
+    else:
+        thought = "thought: /(?s:.*)/\n"
+        block = f"thought {_token(markers.end_think_id, END_THINK)}"
+    if markers.thinking == "open":
+        return f"{block} NEWLINES? ", thought + newlines, None
+    block = f"{_token(markers.think_id, THINK)} {block}"
+    return f"({block} NEWLINES?)? ", thought + newlines, None
+
+
+def _token(token_id: int | None, text: str) -> str:
+    return _literal(text) if token_id is None else f"<[{token_id}]>"
+
+
+def _literal(text: str) -> str:
+    """Return a Lark string, which is written like a JSON one but without a raw DEL."""
+    return msgspec.json.encode(text).decode().replace("\x7f", "\\u007f")
+
+
+def _json(schema: Schema, *, is_lenient: bool = True) -> str:
+    options: dict[str, Any] = {**_JSON_OPTIONS, "lenient": is_lenient}
+    return f"%json {msgspec.json.encode({**schema, 'x-guidance': options}).decode()}"
+
+
+def _answer(answer: JsonSchemaFormat) -> str:
+    if answer.schema is None:
+        return _json({"type": "object"})
+    return _json(answer.schema, is_lenient=not answer.strict)
+
+
+@lru_cache(maxsize=_CHECKED_GRAMMARS)
+def _problem(lark: str) -> str | None:
+    """Return why llguidance refuses a grammar, or None; agents send the same tools each turn."""
+    if len(lark) > MAX_GRAMMAR_CHARS:
+        return f"it makes a grammar of over {MAX_GRAMMAR_CHARS} characters"
+    is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(lark)
+    if not is_error:
+        return None
+    return str(messages[0]).strip().split("\n", 1)[0][:300] if messages else "it is not valid"
+
+
+def _tool_grammar(start: str, tools: list[Tool], markers: Markers) -> str:
+    """Return the grammar with the rules of all calls, or one with looser values if need be."""
+    problem: str | None = None
+    for is_loose in (False, True):
+        rules = _ToolRules(is_loose=is_loose)
+        lark = start + (rules.xml(tools) if markers.is_xml else rules.json(tools))
+        problem = _problem(lark)
+        if problem is None:
+            return lark
+    raise BadRequestError(f"tools cannot be used: {problem}", param="tools")
+
+
+class _ToolRules:
+    """Writes the rule `call` and those it needs.
+
+    With `is_loose` nested values follow their type only: for schemas that say what llguidance
+    cannot check, such as a reference to another document.
+    """
+
+    def __init__(self, *, is_loose: bool) -> None:
+        self._is_loose = is_loose
+        self._num_parameters = 0
+
+    def json(self, tools: list[Tool]) -> str:
+        """Calls as `{"name": .., "arguments": {..}}`."""
+        lines = [f"call: {' | '.join(f'call_{at}' for at in range(len(tools)))}"]
+        for at, (name, root) in enumerate(_functions(tools)):
+            arguments = {"type": "object"} if self._is_loose or not root else root
+            schema: Schema = {
+                **_definitions(root),
+                "type": "object",
+                "properties": {"name": {"const": name}, "arguments": arguments},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            lines.append(f"call_{at}: {_json(schema)}")
+        return "\n".join(lines) + "\n"
+
+    def xml(self, tools: list[Tool]) -> str:
+        """Calls as `<function=..>` with `<parameter=..>` blocks in any order."""
+        lines = [f"call: {' | '.join(f'call_{at}' for at in range(len(tools)))}", _COMMON]
+        for at, (name, root) in enumerate(_functions(tools)):
+            lines.append(f"call_{at}: {_literal(f'<function={name}>' + chr(10))} body_{at}")
+            lines.extend(self._body(f"body_{at}", root))
+        return "\n".join(lines) + "\n"
+
+    def _body(self, rule: str, root: Schema) -> Iterator[str]:
+        """A function's parameters and its end: each at most once, required ones always."""
+        properties = root.get("properties")
+        properties = properties if isinstance(properties, dict) else {}
+        self._count(properties)
+        named = root.get("required")
+        named = frozenset(x for x in named if isinstance(x, str)) if isinstance(named, list) else ()
+        required = [name for name in properties if name in named]
+        optional = [name for name in properties if name not in named]
+        names = required + optional
+        close = '"</function>"'
+        if not names:
+            free = "free_parameter* " if root.get("additionalProperties") else ""
+            yield f"{rule}: {free}{close}"
+            return
+        if len(names) > _MAX_UNORDERED:
+            declared = " ".join(
+                f"{rule}_{names.index(name)}{'' if name in named else '?'}" for name in properties
+            )
+            yield f"{rule}: {declared} {close}"
+        else:
+            done = f" %if is_ones([0:{len(required)}])" if required else ""
+            yield f"{rule}: {rule}_set::0x0"
+            yield f"{rule}_set::_: {close}{done}"
+            for at in range(len(names)):
+                yield f"  | {rule}_{at} {rule}_set::set_bit({at}) %if bit_clear({at})"
+        for at, name in enumerate(names):
+            opening = _literal(f"<parameter={name}>\n")
+            yield f"{rule}_{at}: {opening} {self._value(properties[name], root)}"
+
+    def _count(self, properties: Schema) -> None:
+        self._num_parameters += len(properties)
+        if self._num_parameters > MAX_PARAMETERS:
+            raise BadRequestError(
+                f"tools declare more than {MAX_PARAMETERS} parameters", param="tools"
+            )
+        if any(len(name) > MAX_PARAMETER_NAME_CHARS for name in properties):
+            raise BadRequestError(
+                f"a tool's parameter has a name of over {MAX_PARAMETER_NAME_CHARS} characters",
+                param="tools",
+            )
+
+    def _value(self, declared: Any, root: Schema) -> str:
+        schema = resolve(declared, root)
+        values = choices(schema)
+        if values is not None and len(values) <= MAX_ENUM_VALUES:
+            options = " | ".join(dict.fromkeys(_spelling(value) for value in values))
+            return f"({options}) value_end"
+        types = json_types(schema, root)
+        if not types or "string" in types:
+            return "text"
+        if types <= {"boolean", "null"}:
+            words = [_BOOLEAN] * ("boolean" in types) + [_NULL] * ("null" in types)
+            return f"({' | '.join(words)}) value_end"
+        if self._is_loose:
+            known = sorted(types & _TYPES)
+            if not known:
+                return "text"
+            schema = {"type": known}
+        return f"{_json({**_definitions(root), **schema})} value_end"
+
+
+def _functions(tools: list[Tool]) -> Iterator[tuple[str, Schema]]:
+    for tool in tools:
+        assert tool.function is not None
+        yield tool.function.name, tool.function.parameters or {}
+
+
+def _definitions(root: Schema) -> Schema:
+    """What a schema's local references may point into."""
+    return {key: root[key] for key in ("$defs", "definitions") if key in root}
+
+
+def _spelling(value: Any) -> str:
+    """An enumerated value as a template would write it."""
+    if isinstance(value, str):
+        return _literal(value)
+    if isinstance(value, bool):
+        return f"{_literal(str(value).lower())} | {_literal(str(value))}"
+    return _NULL if value is None else _literal(msgspec.json.encode(value).decode())

@@ -1,0 +1,278 @@
+"""A chat request to what the engine needs: prompt ids, sampling, limits, grammar."""
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from cortex.core.errors import (
+    BadRequestError,
+    ContextLengthExceededError,
+    UnsupportedFieldError,
+)
+from cortex.core.openai import ChatRequest, JsonSchemaFormat, NamedToolChoice, Tool
+from cortex.neuron.chat.grammar import (
+    Markers,
+    Thinking,
+    forced_calls,
+    json_answer,
+    optional_calls,
+)
+from cortex.neuron.chat.model import ChatModel
+from cortex.neuron.chat.output import END_THINK, THINK, OutputSpec
+from cortex.neuron.chat.schema import ToolTable
+from cortex.neuron.chat.template import ChatTemplate
+from cortex.neuron.chat.tokenizer import ChatTokenizer
+from cortex.neuron.engine.protocol import Constraint, Sampling, Submit
+
+# OpenAI's documented default, for checkpoints that do not say how they want to be sampled.
+DEFAULT_TEMPERATURE = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A request that is ready for the engine, and how its output is to be read.
+
+    Attributes:
+        num_choices: sequences to submit (`n`).
+        logprobs: whether the answer carries log probabilities.
+    """
+
+    tokenizer: ChatTokenizer
+    prompt_ids: list[int]
+    max_tokens: int
+    stop_ids: tuple[int, ...]
+    sampling: Sampling
+    constraint: Constraint | None
+    output: OutputSpec
+    num_choices: int
+    stream: bool
+    include_usage: bool
+    logprobs: bool
+
+    def submit(self, request_id: int, choice_idx: int = 0) -> Submit:
+        """Return the engine's command for one choice; with a seed, choices still differ."""
+        sampling = self.sampling
+        if sampling.seed is not None and choice_idx > 0:
+            sampling = _reseeded(sampling, choice_idx)
+        return Submit(
+            request_id=request_id,
+            prompt_ids=self.prompt_ids,
+            max_tokens=self.max_tokens,
+            stop_ids=list(self.stop_ids),
+            sampling=sampling,
+            constraint=self.constraint,
+        )
+
+
+def prepare(request: ChatRequest, model: ChatModel) -> Prepared:
+    """Return what the engine and the reply need of a request.
+
+    Takes tens of milliseconds for a prompt of an agent, so call it from a thread.
+
+    Raises:
+        UnsupportedFieldError: the request asks for what this model or server cannot do.
+        TemplateRenderError: the chat template refused the messages.
+        ContextLengthExceededError: the prompt leaves no room for an answer.
+        BadRequestError: fields contradict each other.
+    """
+    _refuse_unsupported(request)
+    template = _template_of(model)
+    tools = _active_tools(request)
+    text = _render(request, template, tools)
+    prompt_ids = _encode(text, model)
+    thinking = _thinking_after(text, template, model.tokenizer)
+    markers = Markers.of(model.tokenizer, is_xml=template.writes_xml_calls, thinking=thinking)
+    is_single = request.parallel_tool_calls is False or isinstance(
+        request.tool_choice, NamedToolChoice
+    )
+    return Prepared(
+        tokenizer=model.tokenizer,
+        prompt_ids=prompt_ids,
+        max_tokens=_max_tokens(request, model, len(prompt_ids)),
+        stop_ids=model.tokenizer.eos_ids,
+        sampling=_sampling(request, model),
+        constraint=_constraint(request, tools, markers, is_single=is_single),
+        output=OutputSpec(
+            knows_thinking=template.supports_thinking or markers.think_id is not None,
+            starts_thinking=thinking == "open",
+            tools=ToolTable(tools) if tools else None,
+            is_single_call=is_single,
+            stops=_stops(request),
+        ),
+        num_choices=request.n or 1,
+        stream=bool(request.stream),
+        include_usage=request.include_usage,
+        logprobs=bool(request.logprobs),
+    )
+
+
+def prompt_ids(request: ChatRequest, model: ChatModel) -> list[int]:
+    """Return the prompt's ids alone, for counting; raises as `prepare`, but not on length."""
+    text = _render(request, _template_of(model), _active_tools(request))
+    return model.tokenizer.encode(text)
+
+
+def _refuse_unsupported(request: ChatRequest) -> None:
+    if request.functions or request.function_call is not None:
+        raise UnsupportedFieldError(
+            "functions and function_call are not supported; use tools and tool_choice",
+            param="functions" if request.functions else "function_call",
+        )
+    if request.audio is not None or any(kind != "text" for kind in request.modalities or ()):
+        raise UnsupportedFieldError(
+            "only text can be generated", param="audio" if request.audio else "modalities"
+        )
+    if request.web_search_options is not None:
+        raise UnsupportedFieldError("web search is not available here", param="web_search_options")
+
+
+def _template_of(model: ChatModel) -> ChatTemplate:
+    if model.template is None:
+        raise BadRequestError(
+            f"model {model.model_id!r} has no chat template, so it cannot chat; "
+            "choose a model that was made for chat",
+            param="model",
+        )
+    return model.template
+
+
+def _active_tools(request: ChatRequest) -> list[Tool]:
+    """Return the tools the model may call."""
+    names: set[str] = set()
+    for at, tool in enumerate(request.tools or ()):
+        if tool.type != "function" or tool.function is None:
+            raise UnsupportedFieldError(
+                f"tools of type {tool.type!r} are not supported, only complete functions are",
+                param=f"tools[{at}]",
+            )
+        if tool.function.name in names:
+            raise BadRequestError(
+                f"tools declares {tool.function.name!r} twice", param=f"tools[{at}].function.name"
+            )
+        names.add(tool.function.name)
+    choice = request.tool_choice
+    if isinstance(choice, NamedToolChoice) and choice.function.name not in names:
+        raise BadRequestError(
+            f"tool_choice names {choice.function.name!r}, which tools does not declare",
+            param="tool_choice",
+        )
+    return [] if choice == "none" else list(request.tools or ())
+
+
+def _render(request: ChatRequest, template: ChatTemplate, tools: list[Tool]) -> str:
+    kwargs: dict[str, Any] = {}
+    if request.reasoning_effort is not None:
+        kwargs = {
+            "reasoning_effort": request.reasoning_effort,
+            "enable_thinking": request.reasoning_effort != "none",
+        }
+    kwargs |= request.chat_template_kwargs or {}
+    return template.render(request.messages, tools, template_kwargs=kwargs)
+
+
+def _encode(text: str, model: ChatModel) -> list[int]:
+    """Return the prompt's ids; a text too long for any tokenization is not even tried."""
+    limit = model.max_model_len
+    if len(text) > limit * model.tokenizer.max_token_chars:
+        num_tokens = len(text) // model.tokenizer.max_token_chars
+        raise _context_exceeded(limit, num_tokens, "at least ")
+    ids = model.tokenizer.encode(text)
+    if len(ids) >= limit:
+        raise _context_exceeded(limit, len(ids))
+    return ids
+
+
+def _context_exceeded(limit: int, num_tokens: int, about: str = "") -> ContextLengthExceededError:
+    return ContextLengthExceededError(
+        f"This model's maximum context length is {limit} tokens, but the messages have "
+        f"{about}{num_tokens} tokens; shorten the messages.",
+        param="messages",
+        extras={"max": limit, "prompt_len": num_tokens},
+    )
+
+
+def _max_tokens(request: ChatRequest, model: ChatModel, num_prompt_tokens: int) -> int:
+    room = model.max_model_len - num_prompt_tokens
+    asked = request.max_completion_tokens or request.max_tokens or model.default_max_tokens
+    return min(asked, room)
+
+
+def _sampling(request: ChatRequest, model: ChatModel) -> Sampling:
+    defaults = model.defaults
+    bias = request.logit_bias or {}
+    unknown = [at for at in bias if not 0 <= at < model.tokenizer.vocab_size]
+    if unknown:
+        raise BadRequestError(
+            f"logit_bias names token {unknown[0]}; this model's tokens are "
+            f"0 to {model.tokenizer.vocab_size - 1}",
+            param="logit_bias",
+        )
+    return Sampling(
+        temperature=_first(request.temperature, defaults.temperature, DEFAULT_TEMPERATURE),
+        top_k=max(_first(request.top_k, defaults.top_k, 0), 0),
+        top_p=_first(request.top_p, defaults.top_p, 1.0),
+        min_p=_first(request.min_p, defaults.min_p, 0.0),
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=_first(request.repetition_penalty, defaults.repetition_penalty, 1.0),
+        logit_bias=bias,
+        seed=request.seed,
+        num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+    )
+
+
+_T = TypeVar("_T")
+
+
+def _first(*values: _T | None) -> _T:
+    """Return the first value that is given; the last always is."""
+    return next(value for value in values if value is not None)
+
+
+def _reseeded(sampling: Sampling, choice_idx: int) -> Sampling:
+    assert sampling.seed is not None
+    wrapped = (sampling.seed + choice_idx + (1 << 63)) % (1 << 64) - (1 << 63)
+    return msgspec.structs.replace(sampling, seed=wrapped)
+
+
+def _stops(request: ChatRequest) -> tuple[str, ...]:
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    return tuple(dict.fromkeys(stop for stop in stops if stop))
+
+
+def _thinking_after(text: str, template: ChatTemplate, tokenizer: ChatTokenizer) -> Thinking:
+    """Return whether the prompt ends inside a thinking block, or the model may begin one."""
+    end = text.rstrip()
+    if end.endswith(THINK):
+        return "open"
+    if end.endswith(END_THINK) or tokenizer.marker_id(THINK) is None:
+        return "off"
+    return "possible" if template.supports_thinking else "off"
+
+
+def _constraint(
+    request: ChatRequest, tools: list[Tool], markers: Markers, *, is_single: bool
+) -> Constraint | None:
+    answer = _json_format(request)
+    choice = request.tool_choice
+    if isinstance(choice, NamedToolChoice):
+        name = choice.function.name
+        named = [tool for tool in tools if tool.function and tool.function.name == name]
+        return forced_calls(named, markers, is_single=True)
+    if tools and choice == "required":
+        return forced_calls(tools, markers, is_single=is_single)
+    if answer is not None:
+        if tools:
+            return forced_calls(tools, markers, is_single=is_single, or_json=answer)
+        return json_answer(answer, markers)
+    return optional_calls(tools, markers) if tools else None
+
+
+def _json_format(request: ChatRequest) -> JsonSchemaFormat | None:
+    response_format = request.response_format
+    if response_format is None or response_format.type == "text":
+        return None
+    if response_format.type == "json_object":
+        return JsonSchemaFormat()
+    return response_format.json_schema

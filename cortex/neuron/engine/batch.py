@@ -1,0 +1,71 @@
+"""Turns the chunks of a step into the tensors of a `StepBatch`."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cortex.neuron.engine.scheduler import Chunk
+from cortex.neuron.layers.context import StepBatch
+
+
+class BatchBuilder:
+    """Builds step batches; keeps one block-table row per state slot between the steps.
+
+    Args:
+        max_blocks: blocks of the longest sequence there can be.
+    """
+
+    def __init__(
+        self, *, num_slots: int, max_blocks: int, block_size: int, device: torch.device
+    ) -> None:
+        self._block_size = block_size
+        self._device = device
+        self._table = np.full((num_slots, max_blocks), -1, dtype=np.int64)
+
+    def build(self, chunks: list[Chunk]) -> StepBatch:
+        """Return the batch of some chunks, at least one, in their order."""
+        sequences = [chunk.sequence for chunk in chunks]
+        for sequence in sequences:
+            if sequence.num_tabled_blocks != len(sequence.blocks):
+                row = self._table[sequence.slot]
+                start = sequence.num_tabled_blocks
+                row[start:] = -1
+                row[start : len(sequence.blocks)] = sequence.blocks[start:]
+                sequence.num_tabled_blocks = len(sequence.blocks)
+        num_blocks = max(len(sequence.blocks) for sequence in sequences)
+        query_lens = [chunk.num_tokens for chunk in chunks]
+        context_lens = [sequence.num_computed for sequence in sequences]
+        slots = np.array([sequence.slot for sequence in sequences], dtype=np.int64)
+        starts = np.zeros(len(chunks) + 1, dtype=np.int64)
+        np.cumsum(query_lens, out=starts[1:])
+        num_tokens = int(starts[-1])
+        if num_tokens == len(chunks):  # every chunk is one token
+            token_ids = [s.token_ids[s.num_computed] for s in sequences]
+            positions = np.array(context_lens, dtype=np.int64)
+            token_slots = slots
+        else:
+            token_ids = []
+            for chunk in chunks:
+                start = chunk.sequence.num_computed
+                token_ids += chunk.sequence.token_ids[start : start + chunk.num_tokens]
+            shift = np.array(context_lens, dtype=np.int64) - starts[:-1]
+            positions = np.arange(num_tokens, dtype=np.int64) + np.repeat(shift, query_lens)
+            token_slots = np.repeat(slots, query_lens)
+        blocks = self._table[token_slots, positions // self._block_size]
+        last_rows = [i for i, chunk in enumerate(chunks) if chunk.is_last]
+        return StepBatch(
+            token_ids=self._tensor(np.array(token_ids, dtype=np.int64)),
+            positions=self._tensor(positions),
+            query_lens=tuple(query_lens),
+            context_lens=tuple(context_lens),
+            query_starts=self._tensor(starts),
+            kv_slots=self._tensor(blocks * self._block_size + positions % self._block_size),
+            block_tables=self._tensor(self._table[slots, :num_blocks]),
+            state_slots=self._tensor(slots),
+            logit_rows=self._tensor(starts[1:][last_rows] - 1),
+        )
+
+    def _tensor(self, array: NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device)

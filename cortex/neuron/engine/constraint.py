@@ -1,0 +1,148 @@
+"""Output that must follow a grammar: compiling, masks and the dormant/active life of a matcher."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from torch import Tensor
+
+from cortex.core.errors import BadRequestError
+from cortex.neuron.engine.protocol import Constraint
+
+MAX_TOKENIZERS = 4
+MAX_GRAMMARS = 64
+
+TokenizerKey = tuple[str, tuple[int, ...]]
+
+
+class ConstraintError(BadRequestError):
+    """A grammar cannot be compiled for the model's tokenizer."""
+
+    code = "invalid_grammar"
+
+
+class ConstraintState:
+    """One sequence's place in its grammar.
+
+    Attributes:
+        is_active: whether the next token is masked.
+        is_complete: whether the grammar allows nothing more and the request ends.
+        error: why the grammar could not be followed, or None.
+    """
+
+    def __init__(self, constraint: Constraint, matcher: LLMatcher) -> None:
+        self._trigger_id = constraint.trigger_id
+        self._start_id = (
+            constraint.skip_until_id if constraint.trigger_id is None else constraint.trigger_id
+        )
+        self._matcher = matcher
+        self._is_fresh = True
+        self.is_active = self._start_id is None
+        self.is_complete = False
+        self.error: str | None = None
+
+    def accept(self, token_id: int) -> None:
+        """Take note of a sampled token."""
+        if not self.is_active:
+            if token_id == self._start_id and not self.is_complete:
+                self._start()
+            return
+        self._is_fresh = False
+        if not self._matcher.consume_token(token_id):
+            self._fail()
+        elif self._trigger_id is not None:
+            # Free text may follow, so nothing is lost by ending at the first complete match.
+            self.is_active = not (self._matcher.is_accepting() or self._matcher.is_stopped())
+        elif self._matcher.is_stopped():
+            self.is_active = False
+            self.is_complete = True
+
+    def fill_mask(self, row: "np.ndarray[tuple[int], np.dtype[np.int32]]") -> None:
+        """Write one bit per token id, 1 where it is allowed next; all ones after an error."""
+        if not self._matcher.is_error():
+            self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self._matcher.is_error():
+            self._fail()
+            row.fill(-1)
+
+    def _start(self) -> None:
+        self.is_active = True
+        if not self._is_fresh and not self._matcher.reset():
+            self._fail()
+
+    def _fail(self) -> None:
+        self.is_active = False
+        message = self._matcher.get_error().split("\n", 1)[0]
+        self.error = f"the output could not follow its grammar: {message}"
+
+
+class ConstraintCompiler:
+    """Compiles constraints for one model, remembering recent tokenizers and grammars.
+
+    Args:
+        vocab_size: width of the model's logits; ids above the tokenizer's own are never allowed.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._tokenizers: OrderedDict[TokenizerKey, LLTokenizer] = OrderedDict()
+        self._matchers: OrderedDict[tuple[str, TokenizerKey], LLMatcher] = OrderedDict()
+
+    def compile(self, constraint: Constraint, stop_ids: Sequence[int]) -> ConstraintState:
+        """Return a fresh state; `stop_ids` are what may follow a complete match.
+
+        Raises:
+            ConstraintError: the tokenizer cannot be read or the grammar is not valid.
+        """
+        key = (constraint.tokenizer_path, tuple(stop_ids))
+        matcher = self._matchers.get((constraint.lark, key))
+        if matcher is None:
+            matcher = LLMatcher(self._tokenizer(key), constraint.lark, log_level=0)
+            if matcher.is_error():
+                raise ConstraintError(f"the grammar is not valid: {matcher.get_error().strip()}")
+            self._matchers[constraint.lark, key] = matcher
+            _trim(self._matchers, MAX_GRAMMARS)
+        self._matchers.move_to_end((constraint.lark, key))
+        return ConstraintState(constraint, matcher.deep_copy())
+
+    def _tokenizer(self, key: TokenizerKey) -> LLTokenizer:
+        tokenizer = self._tokenizers.get(key)
+        if tokenizer is None:
+            path, stop_ids = key
+            try:
+                text = Path(path).read_text(encoding="utf-8")
+                eos_token = list(stop_ids) or None
+                tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=eos_token)
+            except (OSError, ValueError, OverflowError) as exc:
+                raise ConstraintError(f"tokenizer {path} cannot be used: {exc}") from exc
+            self._tokenizers[key] = tokenizer
+            _trim(self._tokenizers, MAX_TOKENIZERS)
+        self._tokenizers.move_to_end(key)
+        return tokenizer
+
+
+def apply_masks(logits: Tensor, rows: list[int], states: list[ConstraintState]) -> None:
+    """Set the logits a grammar forbids to -inf, in place.
+
+    Args:
+        logits: (rows, vocab) float32.
+        rows: row of each state.
+    """
+    vocab_size = logits.shape[1]
+    bits = np.zeros((len(rows), -(-vocab_size // 32)), dtype=np.int32)
+    for i, state in enumerate(states):
+        state.fill_mask(bits[i])
+    # The words are little-endian on every platform torch runs on.
+    allowed = np.unpackbits(bits.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
+    forbidden = torch.from_numpy(allowed == 0).to(logits.device)
+    index = torch.tensor(rows, device=logits.device)
+    logits[index] = logits[index].masked_fill(forbidden, -torch.inf)
+
+
+def _trim(entries: OrderedDict[Any, Any], limit: int) -> None:
+    while len(entries) > limit:
+        entries.popitem(last=False)

@@ -1,0 +1,239 @@
+"""The engine: takes requests, runs steps, reports tokens. Knows no sockets and no other thread."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from cortex.core.errors import CortexError
+from cortex.neuron.engine.constraint import ConstraintCompiler
+from cortex.neuron.engine.protocol import (
+    EngineStats,
+    FinishReason,
+    Logprob,
+    StepDone,
+    Submit,
+    TokenEvent,
+)
+from cortex.neuron.engine.rates import RunningRate
+from cortex.neuron.engine.runner import Runner
+from cortex.neuron.engine.sampler import Sampled, SamplingState
+from cortex.neuron.engine.scheduler import Chunk, Scheduler
+from cortex.neuron.engine.sequence import Sequence
+
+_log = logging.getLogger(__name__)
+
+# Aimed length of a step with prefill: cancellations and other streams' tokens wait that long.
+TARGET_STEP_S = 0.25
+# Prefill chunks are not made smaller than this, however slow the device.
+MIN_STEP_TOKENS = 64
+# The first steps, before anything is measured.
+FIRST_STEP_TOKENS = 128
+
+
+class Engine:
+    """Serves many sequences at once on one runner.
+
+    Call `submit` and `cancel` between steps and `step` while `has_work`. Each sequence ends with
+    exactly one event that has a finish reason.
+
+    Args:
+        clock: monotonic seconds.
+        max_model_len: longest sequence, prompt and answer together.
+
+    Attributes:
+        is_lost: the device answers no more; only a new process can help.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        *,
+        max_model_len: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        # A sequence that outgrew all blocks there are could never run.
+        capacity = scheduler.blocks.num_blocks * scheduler.block_size
+        self._max_model_len = min(max_model_len, capacity)
+        self._clock = clock
+        self._vocab_size = runner.model.vocab_size
+        self._compiler = ConstraintCompiler(self._vocab_size)
+        self._sequences: dict[int, Sequence] = {}
+        self._events: list[TokenEvent] = []
+        self._prefill_rate = RunningRate()
+        self._decode_rate = RunningRate()
+        self.is_lost = False
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute something."""
+        return bool(self._sequences)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether events are waiting to be reported without a step."""
+        return bool(self._events)
+
+    def submit(self, submit: Submit) -> None:
+        """Queue a request; one that cannot be served ends at once with an error event."""
+        if submit.request_id in self._sequences:
+            # An event would end the running sequence of that number at the other side.
+            _log.error("request %d is running already: ignored", submit.request_id)
+            return
+        problem = self._problem(submit)
+        if problem is None:
+            try:
+                sequence = self._sequence(submit)
+                self._scheduler.add(sequence)
+                self._sequences[submit.request_id] = sequence
+            except CortexError as exc:
+                problem = exc.message
+        if problem is not None:
+            self._events.append(
+                TokenEvent(request_id=submit.request_id, finish="error", error=problem)
+            )
+
+    def cancel(self, request_id: int) -> None:
+        """End a sequence and free what it holds; an unknown one is ignored."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._remove(sequence)
+            self._events.append(TokenEvent(request_id=request_id, finish="cancelled"))
+
+    def step(self) -> StepDone:
+        """Compute one step, if there is work, and report everything since the last report."""
+        chunks = self._scheduler.schedule(self._step_tokens())
+        if chunks:
+            start_s = self._clock()
+            try:
+                sampled = self._runner.step(chunks)
+            except Exception as exc:  # noqa: BLE001  one step's failure must not end the others
+                self._fail(chunks, exc)
+            else:
+                self._advance(chunks, sampled)
+                self._measure(chunks, self._clock() - start_s)
+        return self.report()
+
+    def report(self) -> StepDone:
+        """Return the events since the last report and fresh stats, without computing."""
+        events, self._events = self._events, []
+        stats = EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            free_slots=self._scheduler.slots.num_free,
+            free_blocks=self._scheduler.blocks.num_free,
+            tok_s_prefill=self._prefill_rate.tok_s,
+            tok_s_decode=self._decode_rate.tok_s,
+        )
+        return StepDone(events=events, stats=stats)
+
+    def _problem(self, submit: Submit) -> str | None:
+        """Say why a request can never be served, if so."""
+        vocab_size = self._vocab_size
+        if not submit.prompt_ids:
+            return "the prompt is empty"
+        if submit.max_tokens < 1:
+            return f"max_tokens must be at least 1, not {submit.max_tokens}"
+        if len(submit.prompt_ids) >= self._max_model_len:
+            return (
+                f"the prompt has {len(submit.prompt_ids)} tokens and the model holds "
+                f"{self._max_model_len}, answer included; shorten the prompt"
+            )
+        if min(submit.prompt_ids) < 0 or max(submit.prompt_ids) >= vocab_size:
+            return f"the prompt has token ids outside the vocabulary of {vocab_size}"
+        bias_ids = submit.sampling.logit_bias
+        if bias_ids and (min(bias_ids) < 0 or max(bias_ids) >= vocab_size):
+            return f"logit_bias has token ids outside the vocabulary of {vocab_size}"
+        return None
+
+    def _sequence(self, submit: Submit) -> Sequence:
+        constraint = None
+        if submit.constraint is not None:
+            constraint = self._compiler.compile(submit.constraint, submit.stop_ids)
+        sampling = SamplingState(
+            submit.sampling,
+            prompt_ids=submit.prompt_ids,
+            vocab_size=self._vocab_size,
+            device=self._runner.device,
+        )
+        return Sequence(
+            submit, max_model_len=self._max_model_len, sampling=sampling, constraint=constraint
+        )
+
+    def _step_tokens(self) -> int:
+        rate = self._prefill_rate.tok_s
+        if rate == 0:
+            return FIRST_STEP_TOKENS
+        return max(MIN_STEP_TOKENS, int(rate * TARGET_STEP_S))
+
+    def _advance(self, chunks: list[Chunk], sampled: Sampled | None) -> None:
+        """Give the sequences their new tokens, and end those that are done."""
+        ready = [chunk.sequence for chunk in chunks if chunk.is_last]
+        self._scheduler.commit(chunks)
+        if sampled is None:
+            return
+        for row, sequence in enumerate(ready):
+            if not sampled.is_valid[row]:
+                _log.error("request %d: logits are not finite", sequence.request_id)
+                self._runner.scrub(sequence)
+                self._end(sequence, "error", error="the model computed no finite logits")
+                continue
+            token_id = sampled.token_ids[row]
+            finish = sequence.append(token_id)
+            constraint = sequence.constraint
+            if constraint is not None and constraint.error is not None:
+                self._end(sequence, "error", error=constraint.error)
+                continue
+            logprob = sampled.logprobs.get(row)
+            self._emit(sequence, token_id, finish, logprob)
+            if finish is not None:
+                self._remove(sequence)
+
+    def _emit(
+        self,
+        sequence: Sequence,
+        token_id: int,
+        finish: FinishReason | None,
+        logprob: Logprob | None,
+    ) -> None:
+        self._events.append(
+            TokenEvent(
+                request_id=sequence.request_id,
+                token_ids=[token_id],
+                finish=finish,
+                logprobs=None if logprob is None else [logprob],
+            )
+        )
+
+    def _fail(self, chunks: list[Chunk], exc: Exception) -> None:
+        """End every sequence of a failed step; the others go on if the device still can."""
+        _log.error("a step of %d sequences failed", len(chunks), exc_info=exc)
+        self.is_lost = not self._runner.is_healthy()
+        if isinstance(exc, torch.OutOfMemoryError):
+            error = "the device ran out of memory; lower max_num_seqs or max_batched_tokens"
+        else:
+            error = f"the step failed: {type(exc).__name__}"
+        for chunk in chunks:
+            if not self.is_lost:
+                self._runner.scrub(chunk.sequence)
+            self._end(chunk.sequence, "error", error=error)
+
+    def _end(self, sequence: Sequence, finish: FinishReason, *, error: str) -> None:
+        self._remove(sequence)
+        self._events.append(TokenEvent(request_id=sequence.request_id, finish=finish, error=error))
+
+    def _remove(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request_id]
+        self._scheduler.remove(sequence)
+
+    def _measure(self, chunks: list[Chunk], busy_s: float) -> None:
+        # Called after the commit, so a chunk's size alone tells prefill from decode.
+        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        if num_tokens > len(chunks):
+            self._prefill_rate.add(num_tokens, busy_s)
+        num_decoded = sum(chunk.num_tokens == 1 for chunk in chunks)
+        if num_decoded:
+            self._decode_rate.add(num_decoded, busy_s)

@@ -1,0 +1,170 @@
+"""The neuron's HTTP routes; errors of all of them speak OpenAI's envelope."""
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from cortex.core.build import version
+from cortex.core.errors import ModelNotFoundError
+from cortex.core.neuron_api import (
+    Endpoint,
+    LoadRequest,
+    LoadResponse,
+    UnloadRequest,
+    UnloadResponse,
+)
+from cortex.core.openai import KEEPALIVE, error_event, parse_chat_request
+from cortex.core.web import (
+    EventStream,
+    build_app,
+    cancel_on_disconnect,
+    decode_body,
+    json_response,
+    read_body,
+)
+from cortex.neuron.inference import Inference, TokenizeRequest
+from cortex.neuron.lifecycle import Lifecycle
+from cortex.neuron.metrics import CONTENT_TYPE, Metrics
+from cortex.neuron.views import Views
+
+# Load and unload bodies are a few names long.
+MAX_CONTROL_BODY_BYTES = 1 << 20
+# A client or proxy that hears nothing for long gives up; prefill can take long.
+KEEPALIVE_S = 1.0
+
+_load_decoder = msgspec.json.Decoder(LoadRequest)
+_unload_decoder = msgspec.json.Decoder(UnloadRequest)
+_tokenize_decoder = msgspec.json.Decoder(TokenizeRequest)
+
+
+class Handlers:
+    """The routes over one lifecycle."""
+
+    def __init__(
+        self,
+        *,
+        lifecycle: Lifecycle,
+        inference: Inference,
+        views: Views,
+        metrics: Metrics,
+        max_body_bytes: int,
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._inference = inference
+        self._views = views
+        self._metrics = metrics
+        self._max_body_bytes = max_body_bytes
+
+    def app(self) -> ASGIApp:
+        """Return the ASGI app."""
+        return build_app(
+            [
+                Route("/version", self.version),
+                Route("/discovery", self.discovery),
+                Route("/health", self.health),
+                Route("/metrics", self.metrics),
+                Route("/models", self.models),
+                Route("/models/load", self.load, methods=["POST"]),
+                Route("/models/unload", self.unload, methods=["POST"]),
+                Route("/models/{model_id:path}/endpoint", self.endpoint),
+                Route("/models/{model_id:path}", self.model),
+                Route("/v1/models", self.cards),
+                Route("/v1/chat/completions", self.chat, methods=["POST"]),
+                Route("/v1/tokenize", self.tokenize, methods=["POST"]),
+            ]
+        )
+
+    async def version(self, _: Request) -> Response:
+        """`GET /version`."""
+        return json_response(version())
+
+    async def discovery(self, _: Request) -> Response:
+        """`GET /discovery`."""
+        return json_response(self._views.discovery())
+
+    async def health(self, _: Request) -> Response:
+        """`GET /health`."""
+        return json_response(self._views.health())
+
+    async def metrics(self, _: Request) -> Response:
+        """`GET /metrics`."""
+        return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+    async def models(self, _: Request) -> Response:
+        """`GET /models`."""
+        await self._lifecycle.refresh()
+        return json_response(self._views.models())
+
+    async def cards(self, _: Request) -> Response:
+        """`GET /v1/models`."""
+        await self._lifecycle.refresh()
+        return json_response(self._views.cards())
+
+    async def model(self, request: Request) -> Response:
+        """`GET /models/{id}`."""
+        model_id: str = request.path_params["model_id"]
+        info = self._views.model(model_id)
+        if info is None:
+            raise ModelNotFoundError(
+                f"this neuron has no model '{model_id}'; GET /models lists what it can serve",
+                param="model_id",
+            )
+        return json_response(info)
+
+    async def endpoint(self, request: Request) -> Response:
+        """`GET /models/{id}/endpoint`: this very address, as the caller wrote it."""
+        model_id: str = request.path_params["model_id"]
+        model = self._lifecycle.model(model_id)
+        if model is None or model.state.status != "loaded":
+            raise ModelNotFoundError(f"model '{model_id}' is not loaded here", param="model_id")
+        return json_response(Endpoint(url=f"{request.url.scheme}://{request.url.netloc}"))
+
+    async def load(self, request: Request) -> Response:
+        """`POST /models/load`: answers when the model is loaded, or at once without `wait`."""
+        body = await read_body(request, max_bytes=MAX_CONTROL_BODY_BYTES)
+        asked = decode_body(_load_decoder, body)
+        return await cancel_on_disconnect(request, self._load(asked))
+
+    async def _load(self, asked: LoadRequest) -> Response:
+        job = await self._lifecycle.load(asked)
+        if asked.wait:
+            await job.wait()
+        if job.load_s is None:
+            loading = LoadResponse(status="loading", model_id=asked.model_id, progress=job.progress)
+            return json_response(loading, status=202)
+        return json_response(
+            LoadResponse(
+                status="loaded", model_id=asked.model_id, load_s=job.load_s, evicted=job.evicted
+            )
+        )
+
+    async def unload(self, request: Request) -> Response:
+        """`POST /models/unload`: answers when everything the model held is given back."""
+        body = await read_body(request, max_bytes=MAX_CONTROL_BODY_BYTES)
+        asked = decode_body(_unload_decoder, body)
+        await cancel_on_disconnect(request, self._lifecycle.unload(asked.model_id))
+        return json_response(UnloadResponse(status="unloaded", model_id=asked.model_id))
+
+    async def chat(self, request: Request) -> Response | EventStream:
+        """`POST /v1/chat/completions`."""
+        body = await read_body(request, max_bytes=self._max_body_bytes)
+        asked = parse_chat_request(body)
+        serving = self._inference.serving(asked.model)
+        if asked.stream:
+            return EventStream(
+                self._inference.stream(asked, serving),
+                keepalive=KEEPALIVE,
+                keepalive_s=KEEPALIVE_S,
+                on_error=error_event,
+            )
+        completion = await cancel_on_disconnect(request, self._inference.complete(asked, serving))
+        return json_response(completion)
+
+    async def tokenize(self, request: Request) -> Response:
+        """`POST /v1/tokenize`."""
+        body = await read_body(request, max_bytes=self._max_body_bytes)
+        asked = decode_body(_tokenize_decoder, body)
+        answer = await cancel_on_disconnect(request, self._inference.tokenize(asked))
+        return json_response(answer)

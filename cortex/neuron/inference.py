@@ -1,0 +1,272 @@
+"""One chat request on this host: admission, the prompt, the engine, the reply.
+
+Blocking work (templates, tokenization) runs in a few threads of its own, so that the event loop
+goes on while a long prompt is prepared.
+"""
+
+import asyncio
+import secrets
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar, TypeVarTuple
+
+import msgspec
+
+from cortex.core.errors import BadRequestError, CortexError
+from cortex.core.openai import (
+    SSE_DONE,
+    ChatCompletion,
+    ChatRequest,
+    Message,
+    Tool,
+    Usage,
+)
+from cortex.neuron.chat.model import ChatModel
+from cortex.neuron.chat.prepare import Prepared, prepare, prompt_ids
+from cortex.neuron.chat.stream import ChatCollector, ChatStream
+from cortex.neuron.engine_client import Generation
+from cortex.neuron.lifecycle import Lifecycle, OpenChat, Serving
+from cortex.neuron.metrics import Metrics, RequestTiming
+from cortex.neuron.models.source import ModelSource
+
+PREPARE_THREADS = 4
+# Tokenizers of models that are not loaded, kept for counting.
+MAX_IDLE_CHAT_MODELS = 4
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True, frozen=True):
+    """Body of `POST /v1/tokenize`: messages as for a chat, or a plain prompt."""
+
+    model: str
+    messages: list[Message] | None = None
+    prompt: str | None = None
+    tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, object] | None = None
+    return_tokens: bool = False
+
+
+class TokenizeResponse(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """Answer of `POST /v1/tokenize`."""
+
+    count: int
+    tokens: list[int] | None = None
+    max_model_len: int | None = None
+
+
+class _Watch:
+    """Times one request; the first token is the first that made a chunk."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._started_s = clock()
+        self._first_s: float | None = None
+        self._last_s = self._started_s
+
+    def token(self) -> None:
+        """Note that a token came."""
+        self._last_s = self._clock()
+        if self._first_s is None:
+            self._first_s = self._last_s
+
+    def timing(self, usage: Usage) -> RequestTiming:
+        """Return what the request took, at its end."""
+        details = usage.prompt_tokens_details
+        first_s = self._first_s
+        return RequestTiming(
+            duration_s=self._clock() - self._started_s,
+            ttft_s=None if first_s is None else first_s - self._started_s,
+            decode_s=0.0 if first_s is None else self._last_s - first_s,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cached_tokens=0 if details is None else details.cached_tokens or 0,
+        )
+
+
+class Inference:
+    """Answers chat requests with the models of a lifecycle.
+
+    Args:
+        constrain_tools: hold tool calls to the declared names and parameters.
+        clock: monotonic seconds.
+        wall_clock: Unix seconds.
+    """
+
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        *,
+        metrics: Metrics,
+        open_chat: OpenChat,
+        constrain_tools: bool,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._metrics = metrics
+        self._open_chat = open_chat
+        self._constrain_tools = constrain_tools
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._idle_chats: OrderedDict[ModelSource, asyncio.Future[ChatModel]] = OrderedDict()
+        self._threads = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def serving(self, model_id: str) -> Serving:
+        """Return a loaded model; raises as `Lifecycle.serving`."""
+        return self._lifecycle.serving(model_id)
+
+    async def stream(self, request: ChatRequest, serving: Serving) -> AsyncGenerator[bytes, None]:
+        """Yield the chunks of a streamed reply.
+
+        Raises:
+            CortexError: before the first chunk or after it; then without `[DONE]`.
+        """
+        with self._counted(serving.model_id):
+            watch = _Watch(self._clock)
+            prepared = await self._prepare(request, serving)
+            with await serving.admission.acquire(prepared.num_choices):
+                reply = ChatStream(
+                    prepared,
+                    completion_id=_completion_id(),
+                    created=int(self._wall_clock()),
+                    model=request.model,
+                )
+                yield reply.start()
+                with _generation(prepared, serving) as generation:
+                    async for choice_idx, event in generation:
+                        chunk = reply.feed(choice_idx, event)
+                        if reply.is_finished(choice_idx):
+                            generation.cancel(choice_idx)
+                        if chunk:
+                            watch.token()
+                            yield chunk
+            yield reply.end() + SSE_DONE
+            self._done(serving, watch, reply.usage())
+
+    async def complete(self, request: ChatRequest, serving: Serving) -> ChatCompletion:
+        """Return a whole reply; raises CortexError."""
+        with self._counted(serving.model_id):
+            watch = _Watch(self._clock)
+            prepared = await self._prepare(request, serving)
+            with await serving.admission.acquire(prepared.num_choices):
+                reply = ChatCollector(
+                    prepared,
+                    completion_id=_completion_id(),
+                    created=int(self._wall_clock()),
+                    model=request.model,
+                )
+                with _generation(prepared, serving) as generation:
+                    async for choice_idx, event in generation:
+                        reply.feed(choice_idx, event)
+                        watch.token()
+                        if reply.is_finished(choice_idx):
+                            generation.cancel(choice_idx)
+            completion = reply.completion()
+            self._done(serving, watch, reply.usage())
+            return completion
+
+    async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
+        """Count a prompt's tokens; the model need not be loaded.
+
+        Raises:
+            ModelNotFoundError: this host knows no such model.
+            BadRequestError: neither or both of messages and prompt are given.
+        """
+        if (request.messages is None) == (request.prompt is None):
+            raise BadRequestError("give either messages or prompt", param="messages")
+        chat = await self._chat_model(request.model)
+        if request.prompt is not None:
+            ids = await self._in_thread(chat.tokenizer.encode, request.prompt)
+        else:
+            assert request.messages is not None
+            if not request.messages:
+                raise BadRequestError("messages must hold at least one message", param="messages")
+            chat_request = ChatRequest(
+                model=request.model,
+                messages=request.messages,
+                tools=request.tools,
+                chat_template_kwargs=request.chat_template_kwargs,
+            )
+            ids = await self._in_thread(prompt_ids, chat_request, chat)
+        return TokenizeResponse(
+            count=len(ids),
+            tokens=ids if request.return_tokens else None,
+            max_model_len=chat.max_model_len,
+        )
+
+    async def _prepare(self, request: ChatRequest, serving: Serving) -> Prepared:
+        # A full queue is told before any work is done on the prompt.
+        serving.admission.check(request.n or 1)
+        prepared = await self._in_thread(prepare, request, serving.chat)
+        constraint = prepared.constraint
+        if (
+            not self._constrain_tools
+            and constraint is not None
+            and constraint.trigger_id is not None
+        ):
+            return replace(prepared, constraint=None)
+        return prepared
+
+    def _done(self, serving: Serving, watch: _Watch, usage: Usage) -> None:
+        self._metrics.request_ended(serving.model_id, watch.timing(usage))
+
+    @contextmanager
+    def _counted(self, model_id: str) -> Iterator[None]:
+        try:
+            yield
+        except CortexError as exc:
+            self._metrics.request_failed(model_id, exc.code)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            self._metrics.request_failed(model_id, "client_left")
+            raise
+        finally:
+            self._lifecycle.touch(model_id)
+
+    async def _chat_model(self, model_id: str) -> ChatModel:
+        model = self._lifecycle.model(model_id)
+        if model is not None and model.chat is not None:
+            return model.chat
+        entry = await self._lifecycle.find(model_id)
+        loading = self._idle_chats.get(entry.source)
+        if loading is None:
+            loop = asyncio.get_running_loop()
+            loading = loop.run_in_executor(self._threads, self._open_chat, entry)
+            self._idle_chats[entry.source] = loading
+            if len(self._idle_chats) > MAX_IDLE_CHAT_MODELS:
+                self._idle_chats.popitem(last=False)
+        self._idle_chats.move_to_end(entry.source)
+        try:
+            # Others may wait for the same file: who leaves does not take it from them.
+            await asyncio.wait([loading])
+            return loading.result()
+        except CortexError:
+            self._idle_chats.pop(entry.source, None)
+            raise
+
+    async def _in_thread(self, work: Callable[[*Args], T], *args: *Args) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+
+@contextmanager
+def _generation(prepared: Prepared, serving: Serving) -> Iterator[Generation]:
+    """Submit every choice; whatever is unfinished at the end is cancelled at once."""
+    requests = [prepared.submit(0, choice_idx) for choice_idx in range(prepared.num_choices)]
+    generation = serving.engine.submit(requests)
+    try:
+        yield generation
+    finally:
+        generation.close()
+
+
+def _completion_id() -> str:
+    return f"chatcmpl-{secrets.token_hex(12)}"

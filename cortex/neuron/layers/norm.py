@@ -1,0 +1,34 @@
+"""Root-mean-square norms; computed in float32, returned in the input's dtype."""
+
+from torch import Tensor
+from torch.nn import functional
+
+
+class RmsNorm:
+    """x / rms(x) * w over the last dimension.
+
+    Args:
+        weight: float32, broadcast over x from the right: (size,) or (heads, size). Families that
+            store w - 1 pass 1 + stored.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._weight = weight
+        self._eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x normalised, same shape and dtype."""
+        normed = functional.rms_norm(x.float(), x.shape[-1:], None, self._eps)
+        return (normed * self._weight).to(x.dtype)
+
+
+class GatedRmsNorm:
+    """x / rms(x) * w * silu(gate) over the last dimension, (size,) weight in float32."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._norm = RmsNorm(weight, eps)
+
+    def __call__(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Return x normalised and gated, shaped like x, in the gate's dtype."""
+        return (self._norm(x.float()) * functional.silu(gate.float())).to(gate.dtype)

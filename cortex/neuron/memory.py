@@ -1,0 +1,166 @@
+"""Whether a model fits, and where: pure arithmetic over readings and claims.
+
+A claim is memory promised to a model. Until its engine has taken it, a reading of the device
+does not show it, so it is subtracted; afterwards the reading is the truth.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from cortex.core.errors import BadRequestError, InsufficientMemoryError, UnsupportedFieldError
+from cortex.neuron.devices import HOST, DeviceMemory
+from cortex.neuron.models.facts import ModelFacts
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+# A context must hold at least this much before a model is worth loading.
+MIN_KV_TOKENS = 4096
+# What a process costs before its first weight: the libraries, and on a GPU the context.
+HOST_PROCESS_BYTES = 400 << 20
+GPU_PROCESS_BYTES = 900 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """Memory promised to a model; `is_taken` once a reading shows it."""
+
+    model_id: str
+    device: int
+    num_bytes: int
+    is_taken: bool = False
+
+
+class Resident(msgspec.Struct, kw_only=True, frozen=True):
+    """A model in memory, as a refused caller needs to know it to choose a victim."""
+
+    id: str
+    device: int
+    bytes: int
+    in_flight: int
+    last_used_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a model goes and what it is promised there."""
+
+    device: int
+    num_bytes: int
+
+    @property
+    def engine_device(self) -> str:
+        """The device's name for the engine."""
+        return "cpu" if self.device == HOST else f"cuda:{self.device}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What a load asks of memory.
+
+    Attributes:
+        devices: None leaves the choice to the neuron; empty means the CPU.
+        cache_bytes: None asks for the least that is useful.
+    """
+
+    model_id: str
+    facts: ModelFacts
+    dtype: Dtype
+    max_model_len: int | None
+    max_num_seqs: int
+    cache_bytes: int | None
+    devices: Sequence[int] | None
+
+
+def need_bytes(wish: Wish, *, on_gpu: bool) -> int:
+    """Return what a model needs on a device: weights, cache, states and the process itself."""
+    item = _item_bytes(wish.dtype, on_gpu=on_gpu)
+    facts = wish.facts
+    weights = facts.num_parameters * item
+    context = min(wish.max_model_len or facts.max_position_embeddings, MIN_KV_TOKENS)
+    cache = wish.cache_bytes or context * facts.kv_elements_per_token * item
+    states = wish.max_num_seqs * facts.state_bytes_per_slot_f32
+    return weights + cache + states + (GPU_PROCESS_BYTES if on_gpu else HOST_PROCESS_BYTES)
+
+
+def place(
+    wish: Wish,
+    memory: Sequence[DeviceMemory],
+    claims: Sequence[Claim],
+    residents: Sequence[Resident] = (),
+) -> Placement:
+    """Choose the device with the most free memory that the model fits on.
+
+    Without GPUs, or with `devices` empty, that is the host.
+
+    Args:
+        memory: readings of all devices, the host's among them.
+        residents: who could be evicted, told to the caller when there is no room.
+
+    Raises:
+        InsufficientMemoryError: it fits nowhere it may go.
+        BadRequestError: a device does not exist.
+        UnsupportedFieldError: more than one device is asked for.
+    """
+    candidates = _candidates(wish, memory)
+    on_gpu = candidates[0].index != HOST
+    needed = need_bytes(wish, on_gpu=on_gpu)
+    free = {each.index: free_bytes(each, claims) for each in candidates}
+    best = max(free, key=lambda index: (free[index], -index))
+    if free[best] >= needed:
+        return Placement(device=best, num_bytes=needed)
+    raise insufficient(wish.model_id, best, needed, free[best], residents)
+
+
+def insufficient(
+    model_id: str, device: int, needed: int, free: int, residents: Sequence[Resident]
+) -> InsufficientMemoryError:
+    """Return the error that tells a caller what is missing and who could make room."""
+    where = "of host memory" if device == HOST else f"on GPU {device}"
+    return InsufficientMemoryError(
+        f"model '{model_id}' needs {needed / GIB:.1f} GiB {where}, {free / GIB:.1f} GiB are free; "
+        "unload a model, or lower max_model_len or cache_mb",
+        extras={
+            "device": device,
+            "needed_bytes": needed,
+            "free_bytes": free,
+            "residents": [msgspec.to_builtins(each) for each in residents],
+        },
+    )
+
+
+def free_bytes(device: DeviceMemory, claims: Sequence[Claim]) -> int:
+    """Return what is free and not yet promised."""
+    promised = sum(
+        claim.num_bytes for claim in claims if claim.device == device.index and not claim.is_taken
+    )
+    return max(0, device.free_bytes - promised)
+
+
+def _candidates(wish: Wish, memory: Sequence[DeviceMemory]) -> list[DeviceMemory]:
+    gpus = {each.index: each for each in memory if each.index != HOST}
+    host = [each for each in memory if each.index == HOST]
+    if wish.devices is None:
+        return list(gpus.values()) or host
+    if not wish.devices:
+        return host
+    if len(wish.devices) > 1:
+        raise UnsupportedFieldError(
+            "a model runs on one device here; name one in devices", param="devices"
+        )
+    index = wish.devices[0]
+    if index not in gpus:
+        known = ", ".join(map(str, sorted(gpus))) or "none"
+        raise BadRequestError(
+            f"there is no GPU {index} on this host (there are: {known})", param="devices"
+        )
+    return [gpus[index]]
+
+
+def _item_bytes(dtype: Dtype, *, on_gpu: bool) -> int:
+    if dtype == "auto":
+        return 2 if on_gpu else 4
+    return 4 if dtype == "float32" else 2

@@ -1,0 +1,49 @@
+"""What the engine knows of a model, and what a model's builder knows of a checkpoint's weights."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cortex.neuron.layers.context import Caches, CacheSpec, StepBatch
+
+
+class CausalLM(Protocol):
+    """A loaded model.
+
+    Attributes:
+        cache_spec: shapes of the caches that `forward` needs.
+        dtype, device: of weights and activations; of the KV cache too.
+        weight_bytes: device memory held by weights.
+    """
+
+    cache_spec: CacheSpec
+    dtype: torch.dtype
+    device: torch.device
+    vocab_size: int
+    max_position_embeddings: int
+    weight_bytes: int
+
+    def forward(self, batch: StepBatch, caches: Caches) -> Tensor:
+        """Run one step and return the logits of `batch.logit_rows`, (L, vocab_size) float32.
+
+        The caches are updated in place. The caller sets inference mode.
+        """
+
+
+class WeightSource(Protocol):
+    """A checkpoint's tensors under Hugging Face's names, without their `model.` prefix."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the checkpoint has this tensor."""
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Read one tensor into host memory, in the checkpoint's floating-point type.
+
+        Raises:
+            CheckpointError: it is missing, of another shape or unreadable.
+        """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type most of the checkpoint's weights are best computed in."""

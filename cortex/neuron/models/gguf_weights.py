@@ -1,0 +1,120 @@
+"""Tensors of a llama GGUF file, dequantised one at a time, under Hugging Face's names."""
+
+import re
+from collections.abc import Callable
+from typing import Final
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from cortex.core.errors import CheckpointError
+from cortex.neuron.models.config import ModelConfig
+from cortex.neuron.models.gguf_file import GgufFile, tensor_shape
+
+_TOP: Final = {
+    "embed_tokens.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LAYER: Final = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias)")
+
+_Kind = gguf.GGMLQuantizationType
+_READABLE: Final = frozenset(
+    {
+        _Kind.F32,
+        _Kind.F16,
+        _Kind.BF16,
+        _Kind.Q4_0,
+        _Kind.Q4_1,
+        _Kind.Q8_0,
+        _Kind.Q4_K,
+        _Kind.Q6_K,
+    }
+)
+
+
+class GgufWeights:
+    """The tensors of a GGUF file; see `WeightSource`.
+
+    Args:
+        file: the open file.
+        config: read from the same file.
+        progress: called after each tensor with the bytes read and the bytes in all.
+    """
+
+    def __init__(
+        self, file: GgufFile, config: ModelConfig, progress: Callable[[int, int], None]
+    ) -> None:
+        self._file = file
+        self._config = config
+        self._progress = progress
+        self._bytes_done = 0
+        self._bytes_total = sum(int(t.n_bytes) for t in file.tensors.values())
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the file has this tensor."""
+        return _gguf_name(name) in self._file.tensors
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Bfloat16: what quantised weights are worth."""
+        return torch.bfloat16
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Read one tensor and return it in float32."""
+        stored = self._file.tensors.get(_gguf_name(name))
+        if stored is None:
+            raise CheckpointError(f"{self._file.path}: tensor {_gguf_name(name)!r} is missing")
+        stored_shape = tensor_shape(stored)
+        if stored_shape != shape:
+            raise CheckpointError(
+                f"{self._file.path}: tensor {stored.name!r} has shape {list(stored_shape)}, "
+                f"the metadata ask for {list(shape)}"
+            )
+        if stored.tensor_type not in _READABLE:
+            raise CheckpointError(
+                f"{self._file.path}: tensor {stored.name!r} is quantised as "
+                f"{stored.tensor_type.name}; supported are "
+                + ", ".join(sorted(kind.name for kind in _READABLE))
+            )
+        values = gguf.dequantize(stored.data, stored.tensor_type)
+        # What is stored in float32 comes back as a read-only view of the file.
+        values = np.require(values, dtype=np.float32, requirements=["W"])
+        tensor = torch.from_numpy(values).view(shape)
+        self._bytes_done += int(stored.n_bytes)
+        self._progress(self._bytes_done, self._bytes_total)
+        if ".q_proj." in name:
+            return _rotate_half_order(tensor, self._config.num_heads)
+        if ".k_proj." in name:
+            return _rotate_half_order(tensor, self._config.num_kv_heads)
+        return tensor
+
+
+def _gguf_name(name: str) -> str:
+    match = _LAYER_NAME.fullmatch(name)
+    if match is None:
+        return _TOP.get(name, name)
+    index, module, kind = match.groups()
+    return f"blk.{index}.{_LAYER.get(module, module)}.{kind}"
+
+
+def _rotate_half_order(rows: Tensor, num_heads: int) -> Tensor:
+    """Undo the row order of llama GGUF files, which puts the two rows of a rotated pair together.
+
+    In the checkpoint's own order a head's first halves of all pairs come before the second ones.
+    """
+    pairs = rows.view(num_heads, -1, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)

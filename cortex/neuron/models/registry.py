@@ -1,0 +1,53 @@
+"""From a checkpoint to a model that can run."""
+
+import pathlib
+from collections.abc import Callable
+
+import torch
+
+from cortex.neuron.models.base import CausalLM, WeightSource
+from cortex.neuron.models.config import ModelConfig, read_hf_config
+from cortex.neuron.models.gguf_file import GgufFile, read_gguf_config
+from cortex.neuron.models.gguf_weights import GgufWeights
+from cortex.neuron.models.llama import Llama
+from cortex.neuron.models.qwen3_5 import Qwen35
+from cortex.neuron.models.source import ModelSource
+from cortex.neuron.models.weights import SafetensorsWeights
+
+
+def load_causal_lm(
+    source: ModelSource,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    progress: Callable[[int, int], None],
+) -> CausalLM:
+    """Read a checkpoint's configuration, choose its class and stream its weights in.
+
+    Args:
+        source: where the checkpoint lies.
+        device: where the weights go.
+        dtype: of weights and activations; None: float32 on a CPU, elsewhere the checkpoint's own.
+        progress: called after each tensor with the bytes read and the bytes in all.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or is not supported.
+    """
+    path = pathlib.Path(source.path)
+    if source.kind == "gguf":
+        file = GgufFile(path)
+        config = read_gguf_config(file).model
+        return _build(config, GgufWeights(file, config, progress), device, dtype)
+    config = read_hf_config(path).model
+    with SafetensorsWeights(path, progress) as weights:
+        return _build(config, weights, device, dtype)
+
+
+@torch.inference_mode()
+def _build(
+    config: ModelConfig, weights: WeightSource, device: torch.device, dtype: torch.dtype | None
+) -> CausalLM:
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else weights.dtype
+    kind = Llama if config.family == "llama" else Qwen35
+    return kind(config, weights, device, dtype)

@@ -1,0 +1,272 @@
+"""The choice of a node: who serves, who loads, and what a caller is told."""
+
+from types import MappingProxyType
+
+import pytest
+
+from cortex.core.catalogue import Catalogue, CatalogueModel
+from cortex.core.errors import (
+    CortexError,
+    ModelNotFoundError,
+    ModelRecoveringError,
+    ServiceUnavailableError,
+)
+from cortex.core.neuron_api import (
+    Device,
+    DeviceHealth,
+    Discovery,
+    LoadRequest,
+    ModelInfo,
+    NeuronHealth,
+    Servable,
+)
+from cortex.gateway.fleet import FleetSnapshot, NodeView
+from cortex.gateway.router import (
+    ColdLoad,
+    LoadPlan,
+    Refuse,
+    Serve,
+    available,
+    choose_route,
+    nodes_listing,
+)
+
+GIB = 1 << 30
+EMPTY = Catalogue()
+
+
+def node(
+    name: str,
+    *,
+    healthy: bool = True,
+    draining: bool = False,
+    device_mb: int | None = 24000,
+    free_mb: int = 20000,
+    foreign: int = 0,
+    weight_bytes: int | None = None,
+    servable: Servable | None = None,
+    **models: str,
+) -> NodeView:
+    """A node whose models are given as name=status."""
+    devices = [] if device_mb is None else [Device(index=0, name="d", vram_total_mb=device_mb)]
+    readings = [DeviceHealth(index=0, vram_used_mb=0, vram_free_mb=free_mb)] if devices else []
+    return NodeView(
+        name=name,
+        endpoint=f"http://{name}",
+        healthy=healthy,
+        seen=True,
+        discovery=Discovery(hostname=name, devices=devices, memory_total_mb=16000),
+        health=NeuronHealth(
+            uptime_secs=1, status="draining" if draining else "ok", devices=readings
+        ),
+        models={
+            each: ModelInfo(
+                id=each,
+                harness="torch",
+                status=status,
+                weight_bytes=weight_bytes,
+                servable=servable,
+            )
+            for each, status in models.items()
+        },
+        foreign=dict.fromkeys(models, foreign),
+    )
+
+
+def fleet(*nodes: NodeView, **leases: int) -> FleetSnapshot:
+    """A snapshot; `leases` are this gateway's requests for model `m` by node."""
+    counted = {(name, "m"): count for name, count in leases.items()}
+    return FleetSnapshot(
+        nodes=tuple(sorted(nodes, key=lambda each: each.name)), leases=MappingProxyType(counted)
+    )
+
+
+def catalogue(**fields: object) -> Catalogue:
+    return Catalogue(models=[CatalogueModel(id="m", **fields)])  # type: ignore[arg-type]
+
+
+def order(route: object) -> list[str]:
+    assert isinstance(route, ColdLoad)
+    return [plan.node for plan in route.plans]
+
+
+def refusal(route: object) -> CortexError:
+    assert isinstance(route, Refuse)
+    return route.error
+
+
+def test_a_loaded_replica_serves() -> None:
+    route = choose_route(fleet(node("a", m="loaded")), EMPTY, "m")
+    assert route == Serve(node="a", endpoint="http://a", model_id="m")
+
+
+def test_the_replica_with_the_fewest_requests_serves() -> None:
+    snapshot = fleet(node("a", m="loaded"), node("b", m="loaded", foreign=1), a=3, b=1)
+    route = choose_route(snapshot, EMPTY, "m")
+    assert isinstance(route, Serve)
+    assert route.node == "b"
+
+
+def test_ties_go_to_the_first_name() -> None:
+    route = choose_route(fleet(node("b", m="loaded"), node("a", m="loaded")), EMPTY, "m")
+    assert isinstance(route, Serve)
+    assert route.node == "a"
+
+
+def test_an_alias_is_resolved() -> None:
+    aliases = Catalogue(aliases={"fast": "m"})
+    route = choose_route(fleet(node("a", m="loaded")), aliases, "fast")
+    assert isinstance(route, Serve)
+    assert route.model_id == "m"
+
+
+@pytest.mark.parametrize(
+    "away", [node("a", m="loaded", healthy=False), node("a", m="loaded", draining=True)]
+)
+def test_a_node_that_is_down_or_draining_does_not_serve(away: NodeView) -> None:
+    route = choose_route(fleet(away, node("b", m="loaded")), EMPTY, "m")
+    assert isinstance(route, Serve)
+    assert route.node == "b"
+
+
+def test_a_node_that_failed_this_request_is_avoided() -> None:
+    snapshot = fleet(node("a", m="loaded"), node("b", m="unloaded"))
+    assert order(choose_route(snapshot, EMPTY, "m", avoid={"a"})) == ["b"]
+
+
+def test_a_replica_that_cannot_serve_is_passed_over() -> None:
+    sick = node("a", m="loaded", servable=Servable(ok=False, reason="poisoned"))
+    route = choose_route(fleet(sick, node("b", m="loaded")), EMPTY, "m")
+    assert isinstance(route, Serve)
+    assert route.node == "b"
+    error = refusal(choose_route(fleet(sick), EMPTY, "m"))
+    assert isinstance(error, ServiceUnavailableError)
+    assert error.retry_after_s == 3
+
+
+def test_a_recovering_model_is_503_with_retry_after_even_if_it_could_be_loaded_elsewhere() -> None:
+    snapshot = fleet(node("a", m="recovering"), node("b", m="unloaded"))
+    error = refusal(choose_route(snapshot, EMPTY, "m"))
+    assert isinstance(error, ModelRecoveringError)
+    assert (error.status, error.retry_after_s) == (503, 2)
+
+
+def test_a_load_in_progress_is_joined_before_another_is_begun() -> None:
+    snapshot = fleet(node("a", m="unloaded"), node("b", m="loading"))
+    assert order(choose_route(snapshot, EMPTY, "m")) == ["b", "a"]
+
+
+def test_a_node_where_the_model_failed_comes_last() -> None:
+    snapshot = fleet(node("a", m="failed"), node("b", m="draining"), node("c", m="unloaded"))
+    assert order(choose_route(snapshot, EMPTY, "m")) == ["c", "b", "a"]
+
+
+def test_a_catalogue_model_that_no_node_lists_is_cold_loaded_with_its_source() -> None:
+    route = choose_route(fleet(node("a")), catalogue(source="hf:org/m"), "m")
+    assert route == ColdLoad(
+        model_id="m",
+        plans=(
+            LoadPlan(
+                node="a",
+                endpoint="http://a",
+                request=LoadRequest(model_id="m", harness="torch", source="hf:org/m"),
+            ),
+        ),
+    )
+
+
+def test_a_node_that_has_the_files_goes_before_one_that_would_fetch_them() -> None:
+    snapshot = fleet(node("a", free_mb=24000), node("b", free_mb=2000, m="unloaded"))
+    assert order(choose_route(snapshot, catalogue(vram_mb=1000), "m")) == ["b", "a"]
+
+
+def test_a_free_fit_goes_before_a_fit_after_evictions_and_that_before_none() -> None:
+    snapshot = fleet(
+        node("a", free_mb=1000),
+        node("b", free_mb=500, weight_bytes=12 * GIB, other="loaded"),
+        node("c", free_mb=9000),
+    )
+    assert order(choose_route(snapshot, catalogue(vram_mb=8000), "m")) == ["c", "b", "a"]
+
+
+def test_models_of_higher_priority_do_not_count_as_room() -> None:
+    listed = Catalogue(
+        models=[
+            CatalogueModel(id="m", vram_mb=8000),
+            CatalogueModel(id="high", residency_priority=500),
+            CatalogueModel(id="low", residency_priority=1),
+        ]
+    )
+    snapshot = fleet(
+        node("a", free_mb=600, weight_bytes=12 * GIB, high="loaded"),
+        node("b", free_mb=500, weight_bytes=12 * GIB, low="loaded"),
+    )
+    assert order(choose_route(snapshot, listed, "m")) == ["b", "a"]
+
+
+def test_the_most_free_memory_wins_among_fits() -> None:
+    snapshot = fleet(node("a", free_mb=9000), node("b", free_mb=12000))
+    assert order(choose_route(snapshot, catalogue(vram_mb=8000), "m")) == ["b", "a"]
+
+
+def test_pinned_on_is_where_a_model_loads_and_nowhere_else() -> None:
+    snapshot = fleet(node("a"), node("b"))
+    assert order(choose_route(snapshot, catalogue(pinned_on=["b"]), "m")) == ["b"]
+
+
+def test_a_device_floor_excludes_smaller_devices_and_hosts_without_one() -> None:
+    snapshot = fleet(
+        node("a", device_mb=12000), node("b", device_mb=24000), node("c", device_mb=None)
+    )
+    assert order(choose_route(snapshot, catalogue(min_device_vram_mb=20000), "m")) == ["b"]
+
+
+def test_an_unknown_model_is_404_and_names_what_there_is() -> None:
+    listed = Catalogue(models=[CatalogueModel(id="z")], aliases={"quick": "x", "dead": "gone"})
+    error = refusal(choose_route(fleet(node("a", x="loaded")), listed, "nope"))
+    assert isinstance(error, ModelNotFoundError)
+    assert error.message == "model 'nope' does not exist; available: quick, x, z"
+    assert error.param == "model"
+
+
+def test_an_error_names_at_most_twenty_models() -> None:
+    many = {f"m{number:02}": "unloaded" for number in range(30)}
+    error = refusal(choose_route(fleet(node("a", **many)), EMPTY, "nope"))
+    assert error.message.endswith("m18, m19 and 10 more")
+
+
+@pytest.mark.parametrize("name", ["m", "nope"])
+def test_without_a_healthy_node_everything_is_503(name: str) -> None:
+    error = refusal(choose_route(fleet(node("a", healthy=False, m="loaded")), EMPTY, name))
+    assert isinstance(error, ServiceUnavailableError)
+    assert error.retry_after_s == 5
+
+
+def test_without_any_node_configured_the_error_says_so() -> None:
+    error = refusal(choose_route(fleet(), EMPTY, "m"))
+    assert error.message == "no healthy node for model 'm': no neuron is configured"
+
+
+def test_a_model_whose_only_node_is_down_is_503_not_404() -> None:
+    snapshot = fleet(node("a", healthy=False, m="loaded"), node("b", x="loaded"))
+    error = refusal(choose_route(snapshot, EMPTY, "m"))
+    assert isinstance(error, ServiceUnavailableError)
+    assert error.message == "model 'm' cannot be served just now: a not ready"
+    assert error.retry_after_s == 3
+
+
+def test_a_catalogue_model_that_fits_nowhere_says_why_and_promises_nothing() -> None:
+    error = refusal(choose_route(fleet(node("a")), catalogue(min_device_vram_mb=80000), "m"))
+    assert isinstance(error, ServiceUnavailableError)
+    assert error.retry_after_s is None
+    assert "min_device_vram_mb" in error.message
+
+
+def test_nodes_that_hold_a_model_come_first_among_those_that_list_it() -> None:
+    snapshot = fleet(node("a", m="unloaded"), node("b", m="loaded"), node("c", x="loaded"))
+    assert [each.name for each in nodes_listing(snapshot, "m")] == ["b", "a"]
+
+
+def test_available_holds_listed_models_catalogue_models_and_aliases_that_lead_somewhere() -> None:
+    listed = Catalogue(models=[CatalogueModel(id="z")], aliases={"quick": "x", "dead": "gone"})
+    assert available(fleet(node("a", x="loaded")), listed) == ["quick", "x", "z"]

@@ -1,0 +1,119 @@
+import pytest
+
+from cortex.core.errors import BadRequestError, InsufficientMemoryError, UnsupportedFieldError
+from cortex.neuron.devices import HOST, DeviceMemory
+from cortex.neuron.memory import Claim, Placement, Resident, Wish, need_bytes, place
+from cortex.neuron.models.facts import ModelFacts
+
+GIB = 1 << 30
+
+
+def facts(*, parameters=1_000_000_000, kv=1000, state=1_000_000, positions=32768):
+    return ModelFacts(
+        family="llama",
+        max_position_embeddings=positions,
+        vocab_size=1000,
+        weight_bytes=2 * parameters,
+        num_parameters=parameters,
+        kv_elements_per_token=kv,
+        state_bytes_per_slot_f32=state,
+        eos_ids=[0],
+    )
+
+
+def wish(**changes):
+    values = {
+        "model_id": "m",
+        "facts": facts(),
+        "dtype": "auto",
+        "max_model_len": None,
+        "max_num_seqs": 4,
+        "cache_bytes": None,
+        "devices": None,
+    }
+    return Wish(**{**values, **changes})
+
+
+def gpu(index, free_gib, total_gib=24):
+    return DeviceMemory(index=index, total_bytes=total_gib * GIB, free_bytes=int(free_gib * GIB))
+
+
+HOST_32 = DeviceMemory(index=HOST, total_bytes=32 * GIB, free_bytes=32 * GIB)
+
+
+def test_need_counts_weights_cache_states_and_the_process():
+    # 2 bytes each: 1e9 weights, 4096 tokens of 1000 elements; 4 slots of 1e6; 900 MiB.
+    assert need_bytes(wish(), on_gpu=True) == 2_000_000_000 + 8_192_000 + 4_000_000 + (900 << 20)
+
+
+def test_need_on_a_cpu_is_in_float32():
+    assert need_bytes(wish(), on_gpu=False) == (
+        4_000_000_000 + 16_384_000 + 4_000_000 + (400 << 20)
+    )
+
+
+def test_a_short_context_and_a_fixed_cache_change_the_need():
+    short = need_bytes(wish(max_model_len=100), on_gpu=True)
+    assert short == 2_000_000_000 + 200_000 + 4_000_000 + (900 << 20)
+    fixed = need_bytes(wish(cache_bytes=GIB), on_gpu=True)
+    assert fixed == 2_000_000_000 + GIB + 4_000_000 + (900 << 20)
+
+
+def test_the_gpu_with_the_most_free_memory_is_chosen():
+    placement = place(wish(), [HOST_32, gpu(0, 5), gpu(1, 9)], [])
+    assert placement == Placement(device=1, num_bytes=need_bytes(wish(), on_gpu=True))
+    assert placement.engine_device == "cuda:1"
+
+
+def test_the_host_is_used_only_where_no_gpu_is():
+    assert place(wish(), [HOST_32], []).engine_device == "cpu"
+    with pytest.raises(InsufficientMemoryError):
+        place(wish(), [HOST_32, gpu(0, 1)], [])
+
+
+def test_the_host_is_used_beside_a_gpu_when_asked_for():
+    assert place(wish(devices=[]), [HOST_32, gpu(0, 20)], []).device == HOST
+
+
+def test_a_named_gpu_is_used_even_if_another_is_emptier():
+    assert place(wish(devices=[0]), [HOST_32, gpu(0, 5), gpu(1, 9)], []).device == 0
+
+
+def test_memory_promised_to_a_load_in_progress_is_not_free():
+    claim = Claim(model_id="other", device=0, num_bytes=7 * GIB)
+    assert place(wish(), [gpu(0, 9), gpu(1, 5)], [claim]).device == 1
+
+
+def test_a_claim_that_the_reading_shows_is_not_subtracted_again():
+    claim = Claim(model_id="other", device=0, num_bytes=7 * GIB, is_taken=True)
+    assert place(wish(), [gpu(0, 9), gpu(1, 5)], [claim]).device == 0
+
+
+def test_a_refusal_tells_needed_and_free_bytes_and_who_is_resident():
+    resident = Resident(id="old", device=0, bytes=20 * GIB, in_flight=2, last_used_s=4.5)
+    with pytest.raises(InsufficientMemoryError) as caught:
+        place(wish(), [gpu(0, 1)], [], [resident])
+    error = caught.value
+    assert error.status == 409
+    assert error.message == (
+        "model 'm' needs 2.8 GiB on GPU 0, 1.0 GiB are free; "
+        "unload a model, or lower max_model_len or cache_mb"
+    )
+    assert error.extras == {
+        "device": 0,
+        "needed_bytes": 2_955_910_400,
+        "free_bytes": GIB,
+        "residents": [
+            {"id": "old", "device": 0, "bytes": 20 * GIB, "in_flight": 2, "last_used_s": 4.5}
+        ],
+    }
+
+
+def test_a_gpu_that_is_not_there_is_named():
+    with pytest.raises(BadRequestError, match=r"no GPU 3 on this host \(there are: 0, 1\)"):
+        place(wish(devices=[3]), [gpu(0, 9), gpu(1, 9)], [])
+
+
+def test_two_devices_for_one_model_are_refused():
+    with pytest.raises(UnsupportedFieldError, match="one device"):
+        place(wish(devices=[0, 1]), [gpu(0, 9), gpu(1, 9)], [])

@@ -1,0 +1,85 @@
+"""Runs sequences through a model the way the engine does, with blocks scattered on purpose."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cortex.neuron.layers.context import Caches, StepBatch
+from cortex.neuron.models.base import CausalLM
+
+
+@dataclass
+class Sequence:
+    """One sequence's place in the caches."""
+
+    slot: int
+    length: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+
+class Stepper:
+    """A model with caches; blocks are scattered, or one after the other when `in_a_row`."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 16,
+        num_slots: int = 8,
+        in_a_row: bool = False,
+    ) -> None:
+        self.model = model
+        self.block_size = block_size
+        scattered = [*range(1, num_blocks, 2), *range(0, num_blocks, 2)]
+        self.free = list(reversed(range(num_blocks))) if in_a_row else scattered
+        self.caches = Caches.allocate(
+            model.cache_spec,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            num_slots=num_slots,
+            dtype=model.dtype,
+            device=model.device,
+        )
+
+    def step(self, *work: tuple[Sequence, list[int]], last_only: bool = False) -> list[Tensor]:
+        """Run one step and return each sequence's logits, (tokens or 1, vocab_size)."""
+        for sequence, tokens in work:
+            needed = -(-(sequence.length + len(tokens)) // self.block_size)
+            while len(sequence.blocks) < needed:
+                sequence.blocks.append(self.free.pop())
+        with torch.inference_mode():
+            logits = self.model.forward(self._batch(work, last_only=last_only), self.caches)
+        for sequence, tokens in work:
+            sequence.length += len(tokens)
+        return list(logits.split([1 if last_only else len(tokens) for _, tokens in work]))
+
+    def release(self, sequence: Sequence) -> None:
+        """Give a sequence's blocks back; what they hold stays as it is."""
+        self.free.extend(sequence.blocks)
+
+    def _batch(self, work: tuple[tuple[Sequence, list[int]], ...], *, last_only: bool) -> StepBatch:
+        positions, kv_slots, ends = [], [], []
+        widest = max(len(sequence.blocks) for sequence, _ in work) + 1
+        for sequence, tokens in work:
+            own = range(sequence.length, sequence.length + len(tokens))
+            positions += own
+            kv_slots += [
+                sequence.blocks[i // self.block_size] * self.block_size + i % self.block_size
+                for i in own
+            ]
+            ends.append(len(positions))
+        tables = [s.blocks + [-1] * (widest - len(s.blocks)) for s, _ in work]
+        rows = [end - 1 for end in ends] if last_only else list(range(len(positions)))
+        return StepBatch(
+            token_ids=torch.tensor([token for _, tokens in work for token in tokens]),
+            positions=torch.tensor(positions),
+            query_lens=tuple(len(tokens) for _, tokens in work),
+            context_lens=tuple(sequence.length for sequence, _ in work),
+            query_starts=torch.tensor([0, *ends]),
+            kv_slots=torch.tensor(kv_slots),
+            block_tables=torch.tensor(tables),
+            state_slots=torch.tensor([sequence.slot for sequence, _ in work]),
+            logit_rows=torch.tensor(rows),
+        )
