@@ -1,0 +1,259 @@
+from typing import Any
+
+import msgspec
+import pytest
+
+from cortex.core.anthropic import CountTokensRequest, MessagesRequest
+from cortex.core.errors import BadRequestError, UpstreamMalformedError
+from cortex.core.openai import ChatCompletion, parse_chat_request
+from cortex.core.translate import from_openai, to_openai
+
+USER = {"role": "user", "content": "hi"}
+
+
+def translated(**fields: Any) -> dict[str, Any]:
+    """Translate a request body and return the JSON a node would get."""
+    body = {"model": "m", "max_tokens": 5, "messages": [USER], **fields}
+    request = msgspec.json.decode(msgspec.json.encode(body), type=MessagesRequest)
+    encoded = msgspec.json.encode(to_openai(request))
+    parse_chat_request(encoded)
+    return msgspec.json.decode(encoded)
+
+
+def messages(*turns: dict[str, Any], **fields: Any) -> list[dict[str, Any]]:
+    return translated(messages=list(turns), **fields)["messages"]
+
+
+def test_the_plain_fields_are_carried_over():
+    chat = translated(
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        stop_sequences=["END"],
+        metadata={"user_id": "u"},
+        stream=True,
+    )
+    assert (chat["model"], chat["max_tokens"]) == ("m", 5)
+    assert (chat["temperature"], chat["top_p"], chat["top_k"]) == (0.5, 0.9, 7)
+    assert (chat["stop"], chat["user"]) == (["END"], "u")
+    assert (chat["stream"], chat["stream_options"]) == (True, {"include_usage": True})
+
+
+def test_system_text_of_all_places_becomes_one_leading_message():
+    assert messages(
+        USER,
+        {"role": "system", "content": "late"},
+        system=[{"type": "text", "text": "one"}, {"type": "text", "text": "two"}],
+    ) == [{"role": "system", "content": "one\ntwo\n\nlate"}, USER]
+
+
+@pytest.mark.parametrize(
+    "system",
+    [
+        [
+            {"type": "text", "text": "x-anthropic-billing-header: cc_version=1"},
+            {"type": "text", "text": "Be kind."},
+        ],
+        "x-anthropic-billing-header: cc_version=1\nBe kind.",
+    ],
+)
+def test_the_billing_header_is_dropped_unless_it_is_to_be_kept(system: Any):
+    assert messages(USER, system=system)[0] == {"role": "system", "content": "Be kind."}
+    request = msgspec.convert(
+        {"model": "m", "messages": [USER], "system": system}, CountTokensRequest
+    )
+    kept = to_openai(request, drop_billing_header=False).messages[0].content
+    assert "x-anthropic-billing-header" in kept
+
+
+def test_tool_results_come_before_the_rest_of_their_turn():
+    turn = {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "And now?"},
+            {"type": "tool_result", "tool_use_id": "t1", "content": "18 degrees"},
+            {
+                "type": "tool_result",
+                "tool_use_id": "t2",
+                "is_error": True,
+                "content": [{"type": "text", "text": "no such city"}],
+            },
+        ],
+    }
+    assert messages(USER, turn)[1:] == [
+        {"role": "tool", "tool_call_id": "t1", "content": "18 degrees"},
+        {"role": "tool", "tool_call_id": "t2", "content": "Error: no such city"},
+        {"role": "user", "content": "And now?"},
+    ]
+
+
+def test_an_assistant_turn_keeps_thoughts_text_and_calls_apart():
+    turn = {
+        "role": "assistant",
+        "content": [
+            {"type": "thinking", "thinking": "Hm.", "signature": "s"},
+            {"type": "redacted_thinking", "data": "zzz"},
+            {"type": "text", "text": "I look."},
+            {"type": "tool_use", "id": "t1", "name": "look", "input": {"at": "it"}},
+        ],
+    }
+    (message,) = messages(USER, turn)[1:]
+    assert message["content"] == "I look."
+    assert message["reasoning_content"] == "Hm."
+    (call,) = message["tool_calls"]
+    assert call["id"] == "t1"
+    assert call["function"] == {"name": "look", "arguments": '{"at":"it"}'}
+
+
+def test_images_become_image_parts_also_out_of_tool_results():
+    image = {
+        "type": "image",
+        "source": {"type": "base64", "media_type": "image/jpeg", "data": "QUJD"},
+    }
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [image]}
+    part = {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,QUJD"}}
+    assert messages({"role": "user", "content": [image]})[0]["content"] == [part]
+    assert messages({"role": "user", "content": [result]})[1]["content"] == [part]
+
+
+def test_a_text_document_is_read_and_unknown_blocks_count_by_their_text():
+    content = [
+        {"type": "document", "title": "T", "source": {"type": "text", "data": "body"}},
+        {"type": "search_result", "content": [{"type": "text", "text": "found"}]},
+        {"type": "from_the_future", "flux": 3},
+    ]
+    assert messages({"role": "user", "content": content})[0]["content"] == "T\nbody\nfound"
+
+
+def test_tools_and_their_choice_are_carried_over_and_server_tools_left_out():
+    tools = [
+        {"name": "look", "description": "d", "input_schema": {"type": "object"}},
+        {"type": "web_search_20250305", "name": "web_search", "max_uses": 2},
+    ]
+    chat = translated(tools=tools, tool_choice={"type": "any", "disable_parallel_tool_use": True})
+    (tool,) = chat["tools"]
+    assert tool["type"] == "function"
+    assert tool["function"]["name"] == "look"
+    assert tool["function"]["parameters"] == {"type": "object"}
+    assert (chat["tool_choice"], chat["parallel_tool_calls"]) == ("required", False)
+    named = translated(tools=tools, tool_choice={"type": "tool", "name": "look"})
+    assert named["tool_choice"] == {"type": "function", "function": {"name": "look"}}
+    assert translated(tools=tools, tool_choice={"type": "none"})["tool_choice"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("thinking", "wanted"),
+    [
+        (None, False),
+        ({"type": "disabled"}, False),
+        ({"type": "adaptive"}, True),
+        ({"type": "enabled", "budget_tokens": 1024}, True),
+    ],
+)
+def test_thinking_is_switched_as_asked(thinking: Any, wanted: bool):
+    assert translated(thinking=thinking)["chat_template_kwargs"] == {"enable_thinking": wanted}
+
+
+def test_what_a_coding_agent_sends_by_default_is_taken():
+    chat = translated(
+        system=[
+            {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1; cch=1f;"},
+            {"type": "text", "text": "You code.", "cache_control": {"type": "ephemeral"}},
+        ],
+        messages=[
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "hi", "cache_control": {"type": "x"}}],
+            },
+            {"role": "system", "content": "It is Monday."},
+        ],
+        thinking={"type": "adaptive"},
+        output_config={"effort": "high"},
+        context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        metadata={"user_id": '{"device_id": "x"}'},
+        max_tokens=32000,
+        stream=True,
+    )
+    assert chat["messages"] == [
+        {"role": "system", "content": "You code.\n\nIt is Monday."},
+        {"role": "user", "content": "hi"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "role"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"tool_choice": {"type": "tool"}}, "name"),
+        ({"system": 4}, "system"),
+    ],
+)
+def test_a_bad_request_does_not_decode(fields: dict[str, Any], word: str):
+    with pytest.raises(msgspec.ValidationError, match=word):
+        translated(**fields)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [{"type": "tool_result", "content": "x"}, {"type": "tool_use", "id": "1", "input": {}}],
+)
+def test_a_block_without_what_it_needs_is_refused(block: dict[str, Any]):
+    role = "user" if block["type"] == "tool_result" else "assistant"
+    with pytest.raises(BadRequestError, match="needs a"):
+        messages(USER, {"role": role, "content": [block]})
+
+
+def completion(**message: Any) -> ChatCompletion:
+    body = {
+        "id": "chatcmpl-9",
+        "created": 1,
+        "model": "x",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "usage": {
+            "prompt_tokens": 10,
+            "completion_tokens": 3,
+            "total_tokens": 13,
+            "prompt_tokens_details": {"cached_tokens": 4},
+        },
+    }
+    return msgspec.convert(body, ChatCompletion)
+
+
+def test_an_answer_becomes_thinking_text_and_tool_blocks():
+    calls = [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}]
+    reply = from_openai(completion(content="Yes.", reasoning_content="Hm.", tool_calls=calls), "m")
+    assert msgspec.to_builtins(reply.content) == [
+        {"type": "thinking", "thinking": "Hm.", "signature": "Y29ydGV4"},
+        {"type": "text", "text": "Yes."},
+        {"type": "tool_use", "id": "c1", "name": "f", "input": {"a": 1}},
+    ]
+    assert (reply.id, reply.model, reply.role) == ("msg_9", "m", "assistant")
+    assert reply.usage.input_tokens == 6
+    assert reply.usage.cache_read_input_tokens == 4
+    assert reply.usage.output_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("finish", "stop", "wanted"),
+    [
+        ("stop", None, "end_turn"),
+        ("stop", "END", "stop_sequence"),
+        ("length", None, "max_tokens"),
+        ("tool_calls", None, "tool_use"),
+        ("content_filter", None, "refusal"),
+        ("something_new", None, "end_turn"),
+    ],
+)
+def test_the_reason_of_the_end_is_translated(finish: str, stop: str | None, wanted: str):
+    answer = completion(content="x")
+    choice = msgspec.structs.replace(answer.choices[0], finish_reason=finish, stop_reason=stop)
+    reply = from_openai(msgspec.structs.replace(answer, choices=[choice]), "m")
+    assert (reply.stop_reason, reply.stop_sequence) == (wanted, stop)
+
+
+def test_an_answer_without_choices_is_malformed():
+    with pytest.raises(UpstreamMalformedError):
+        from_openai(msgspec.structs.replace(completion(content=""), choices=[]), "m")
