@@ -21,7 +21,7 @@ from cortex.core.config import (
     parse_address,
     user_cache_dir,
 )
-from cortex.core.errors import StartupError
+from cortex.core.errors import CortexError, StartupError
 from cortex.core.serve import Listener, bind, serve, shutdown_on_signals
 from cortex.gateway.app import GatewayApps, open_apps
 from cortex.guide import guide
@@ -116,7 +116,7 @@ async def run_both(gateway: GatewayConfig, neuron: NeuronConfig, on_ready: OnRea
 
     Args:
         on_ready: awaited beside the servers, with the base URLs of gateway and neuron, once both
-            accept connections; what it raises ends them.
+            accept connections; a CortexError it raises ends them.
 
     Raises:
         ConfigError, StartupError: one of them cannot start.
@@ -124,7 +124,8 @@ async def run_both(gateway: GatewayConfig, neuron: NeuronConfig, on_ready: OnRea
     shutdown = shutdown_on_signals()
     api, metrics = _bind_gateway(gateway)
     inner = bind(neuron.host, neuron.port, "neuron")
-    address = NeuronAddress(name=socket.gethostname(), endpoint=_url(inner))
+    gateway_url, neuron_url = _url(api), _url(inner)
+    address = NeuronAddress(name=socket.gethostname(), endpoint=neuron_url)
     config = msgspec.structs.replace(gateway, neurons=[address])
     async with AsyncExitStack() as stack:
         neuron_app = await stack.enter_async_context(open_app(neuron))
@@ -134,10 +135,17 @@ async def run_both(gateway: GatewayConfig, neuron: NeuronConfig, on_ready: OnRea
             *_gateway_listeners(apps, api, metrics),
         ]
         accepting = asyncio.Event()
+        failure: CortexError | None = None
 
         async def greet() -> None:
+            nonlocal failure
             await accepting.wait()
-            await on_ready(_url(api), _url(inner))
+            try:
+                await on_ready(gateway_url, neuron_url)
+            except CortexError as exc:
+                # The servers end the orderly way, then the error is told.
+                failure = exc
+                shutdown.set()
 
         async with asyncio.TaskGroup() as tasks:
             guiding = tasks.create_task(greet(), name="up guide")
@@ -148,6 +156,8 @@ async def run_both(gateway: GatewayConfig, neuron: NeuronConfig, on_ready: OnRea
                 on_bound=lambda _: accepting.set(),
             )
             guiding.cancel()
+        if failure is not None:
+            raise failure
 
 
 def _bind_gateway(config: GatewayConfig) -> tuple[socket.socket, socket.socket]:

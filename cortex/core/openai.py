@@ -10,13 +10,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from cortex.core.errors import (
-    BadRequestError,
-    CortexError,
-    MalformedJsonError,
-    MissingModelError,
-    RemoteError,
-)
+from cortex.core.decode import decode_body
+from cortex.core.errors import CortexError, RemoteError
 from cortex.core.neuron_api import Cost, Limit
 
 MAX_MESSAGES = 16384
@@ -240,44 +235,14 @@ _chat_decoder = msgspec.json.Decoder(ChatRequest)
 _head_decoder = msgspec.json.Decoder(RequestHead)
 
 
-def _client_error(exc: Exception) -> BadRequestError:
-    """Map msgspec's error to ours; `param` is the path of the field at fault."""
-    text = str(exc)
-    if not isinstance(exc, msgspec.ValidationError):
-        reason = text or "nested too deeply"
-        return MalformedJsonError(f"the request body is not valid JSON: {reason}")
-    message, _, path = text.partition(" - at `")
-    param = path.rpartition("$")[2].strip("`").removeprefix(".") or None
-    if param is None and message.endswith("missing required field `model`"):
-        return MissingModelError("the request names no model; set `model`", param="model")
-    if param is None and message.startswith("Object missing required field `"):
-        param = message.rsplit("`", 2)[1]
-    elif param is None and message.partition(" ")[0] in ChatRequest.__struct_fields__:
-        return BadRequestError(f"invalid request: {message}", param=message.partition(" ")[0])
-    where = f"{param}: " if param else ""
-    return BadRequestError(f"invalid request: {where}{message}", param=param)
-
-
 def parse_chat_request(body: bytes) -> ChatRequest:
-    """Decode a chat request.
-
-    Raises:
-        MalformedJsonError: the body is not JSON.
-        MissingModelError: it has no `model`.
-        BadRequestError: a field is missing, of the wrong type or out of bounds; names it.
-    """
-    try:
-        return _chat_decoder.decode(body)
-    except (msgspec.DecodeError, RecursionError, UnicodeError) as exc:
-        raise _client_error(exc) from exc
+    """Decode a chat request; raises as `decode_body` does."""
+    return decode_body(_chat_decoder, body)
 
 
 def parse_head(body: bytes) -> RequestHead:
-    """Decode only what routing needs; raises as `parse_chat_request` does."""
-    try:
-        return _head_decoder.decode(body)
-    except (msgspec.DecodeError, RecursionError, UnicodeError) as exc:
-        raise _client_error(exc) from exc
+    """Decode only what routing needs; raises as `decode_body` does."""
+    return decode_body(_head_decoder, body)
 
 
 class TopLogprob(msgspec.Struct, kw_only=True, frozen=True):

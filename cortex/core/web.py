@@ -6,7 +6,6 @@ logged with its traceback and turned into an error that the caller's dialect und
 
 import asyncio
 import logging
-import re
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any, Literal, TypeVar
@@ -26,9 +25,7 @@ from cortex.core.errors import (
     BodyTooLargeError,
     CortexError,
     InternalError,
-    MalformedJsonError,
     MethodNotAllowedError,
-    MissingModelError,
     RouteNotFoundError,
 )
 
@@ -45,8 +42,6 @@ SEND_STALL_S = 300.0
 
 _logger = logging.getLogger(__name__)
 _json = msgspec.json.Encoder()
-_ERROR_PATH = re.compile(r" - at `(?:key in )?\$\.?([^`]*)`$")
-_MISSING_FIELD = re.compile(r"missing required field `([^`]+)`")
 
 
 class _ClientGoneError(Exception):
@@ -93,36 +88,6 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
             f"the body is over the limit of {max_bytes} bytes; send less, or raise max_body_mb"
         )
     return b"".join(chunks)
-
-
-def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
-    """Decode a JSON body.
-
-    Raises:
-        MissingModelError: the object has no `model`.
-        BadRequestError: a field is missing or of the wrong type; `param` names it.
-        MalformedJsonError: it is not JSON.
-    """
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as exc:
-        raise _validation_error(str(exc)) from exc
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        what = "the body is empty" if not body.strip() else f"the body is not valid JSON: {exc}"
-        raise MalformedJsonError(what) from exc
-
-
-def _validation_error(text: str) -> BadRequestError:
-    path = _ERROR_PATH.search(text)
-    message = _ERROR_PATH.sub("", text)
-    param = path.group(1) if path else None
-    missing = _MISSING_FIELD.search(message)
-    if missing:
-        param = f"{param}.{missing.group(1)}" if param else missing.group(1)
-        if param == "model":
-            return MissingModelError("the request names no model; set `model`", param=param)
-        return BadRequestError(f"the field `{param}` is missing", param=param)
-    return BadRequestError(f"`{param}`: {message}" if param else message, param=param)
 
 
 def json_response(

@@ -20,6 +20,7 @@ from cortex.core.errors import (
     UpstreamConnectionError,
 )
 from cortex.core.openai import parse_chat_request
+from cortex.gateway.auth import ANONYMOUS, Caller
 from cortex.gateway.fleet import Fleet, FleetSnapshot
 from cortex.gateway.loads import Loads
 from cortex.gateway.metrics import Metrics, RequestTiming
@@ -61,12 +62,14 @@ class Ask:
         path: where at the node it goes.
         body: OpenAI-dialect JSON; its bytes are forwarded, but for `model` behind an alias.
         headers: those that the node is to see.
+        caller: whom it is counted for.
     """
 
     name: str
     path: str
     body: bytes
     headers: Mapping[str, str] = field(default_factory=dict)
+    caller: Caller = ANONYMOUS
 
 
 class Translator(Protocol):
@@ -234,7 +237,12 @@ class Dispatcher:
         model_id = self._catalogue.resolve(ask.name)
         snapshot = self._fleet.snapshot()
         known = snapshot.lists(model_id) or self._catalogue.find(model_id) is not None
-        return _Journey(ask, RequestTiming(model=model_id if known else ""), self._clock())
+        timing = RequestTiming(
+            model=model_id if known else "",
+            account=ask.caller.account_id,
+            key=ask.caller.key_id,
+        )
+        return _Journey(ask, timing, self._clock())
 
     def _finish(self, journey: _Journey) -> None:
         journey.timing.duration_s = self._clock() - journey.arrival_s

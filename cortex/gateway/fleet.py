@@ -211,9 +211,11 @@ class Fleet:
         known = self._nodes[name].models.get(model_id)
         if known is None:
             known = ModelInfo(id=model_id, harness="torch", status=status)
-        self.record_model(
-            name, msgspec.structs.replace(known, status=status, error=error, progress=None)
+        # Whether it could serve was said of its old status.
+        changed = msgspec.structs.replace(
+            known, status=status, error=error, progress=None, servable=None
         )
+        self.record_model(name, changed)
 
     def lease(self, name: str, model_id: str) -> Lease:
         """Count a request at a node until the lease is released."""

@@ -12,18 +12,17 @@ from starlette.types import ASGIApp
 from cortex.core import anthropic, openai, translate
 from cortex.core.catalogue import Catalogue
 from cortex.core.config import GatewayListen
+from cortex.core.decode import decode_body
 from cortex.core.errors import MissingModelError, ModelNotFoundError, UpstreamMalformedError
-from cortex.core.translate_stream import StreamTranslator
 from cortex.core.translate_stream import StreamTranslator
 from cortex.core.web import (
     EventStream,
     cancel_on_disconnect,
-    decode_body,
     dialect_of,
     json_response,
     read_body,
 )
-from cortex.gateway.auth import Gatekeeper
+from cortex.gateway.auth import Caller, Gatekeeper
 from cortex.gateway.dispatch import Ask, Dispatcher
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.metrics import CONTENT_TYPE, Metrics
@@ -36,6 +35,7 @@ FORWARDED_HEADERS = ("x-request-id", "x-session-affinity")
 
 _T = TypeVar("_T")
 
+_head_decoder = msgspec.json.Decoder(openai.RequestHead)
 _messages_decoder = msgspec.json.Decoder(anthropic.MessagesRequest)
 _count_decoder = msgspec.json.Decoder(anthropic.CountTokensRequest)
 _completion_decoder = msgspec.json.Decoder(openai.ChatCompletion)
@@ -93,24 +93,23 @@ class Handlers:
         ]
 
     def _guarded(
-        self, endpoint: Callable[[Request], Awaitable[ASGIApp]]
+        self, endpoint: Callable[[Request, Caller], Awaitable[ASGIApp]]
     ) -> Callable[[Request], Awaitable[ASGIApp]]:
         async def checked(request: Request) -> ASGIApp:
-            self._gatekeeper.check(request.headers)
-            return await endpoint(request)
+            return await endpoint(request, self._gatekeeper.check(request.headers))
 
         return checked
 
     async def _health(self, _: Request) -> Response:
         return json_response(health_report(self._fleet.snapshot()))
 
-    async def _models(self, request: Request) -> Response:
+    async def _models(self, request: Request, _: Caller) -> Response:
         cards = model_cards(self._fleet.snapshot(), self._catalogue)
         if dialect_of(request.scope) == "anthropic":
             return json_response(anthropic.model_list(cards))
         return json_response(openai.ModelList(data=cards))
 
-    async def _model(self, request: Request) -> Response:
+    async def _model(self, request: Request, _: Caller) -> Response:
         name: str = request.path_params["name"]
         card = model_card(self._fleet.snapshot(), self._catalogue, name)
         if card is None:
@@ -121,12 +120,18 @@ class Handlers:
             return json_response(anthropic.model_info(card))
         return json_response(card)
 
-    async def _chat(self, request: Request) -> ASGIApp:
+    async def _chat(self, request: Request, caller: Caller) -> ASGIApp:
         body = await read_body(request, max_bytes=self._max_body_bytes)
-        head = openai.parse_head(body)
+        head = decode_body(_head_decoder, body)
         if not head.model:
             raise MissingModelError("the request names no model; set `model`", param="model")
-        ask = Ask(name=head.model, path=CHAT_PATH, body=body, headers=_forwarded(request))
+        ask = Ask(
+            name=head.model,
+            path=CHAT_PATH,
+            body=body,
+            headers=_forwarded(request),
+            caller=caller,
+        )
         if head.stream:
             return EventStream(
                 self._dispatcher.stream(ask, openai.KEEPALIVE),
@@ -137,7 +142,7 @@ class Handlers:
         answer = await cancel_on_disconnect(request, self._dispatcher.whole(ask))
         return Response(answer, media_type="application/json")
 
-    async def _messages(self, request: Request) -> ASGIApp:
+    async def _messages(self, request: Request, caller: Caller) -> ASGIApp:
         body = await read_body(request, max_bytes=self._max_body_bytes)
         message = decode_body(_messages_decoder, body)
         chat = translate.to_openai(message, drop_billing_header=self._drop_billing)
@@ -146,6 +151,7 @@ class Handlers:
             path=CHAT_PATH,
             body=_encoder.encode(chat),
             headers=_forwarded(request),
+            caller=caller,
         )
         if message.stream:
             translator = StreamTranslator(message.model)
@@ -159,7 +165,7 @@ class Handlers:
         completion = _decode_answer(_completion_decoder, answer)
         return json_response(translate.from_openai(completion, message.model))
 
-    async def _count_tokens(self, request: Request) -> Response:
+    async def _count_tokens(self, request: Request, caller: Caller) -> Response:
         body = await read_body(request, max_bytes=self._max_body_bytes)
         message = decode_body(_count_decoder, body)
         chat = translate.to_openai(message, drop_billing_header=self._drop_billing)
@@ -169,7 +175,9 @@ class Handlers:
             tools=chat.tools,
             chat_template_kwargs=chat.chat_template_kwargs,
         )
-        ask = Ask(name=message.model, path=TOKENIZE_PATH, body=_encoder.encode(asked))
+        ask = Ask(
+            name=message.model, path=TOKENIZE_PATH, body=_encoder.encode(asked), caller=caller
+        )
         answer = await cancel_on_disconnect(request, self._dispatcher.tokenize(ask))
         count = _decode_answer(_tokenize_decoder, answer).count
         return json_response(anthropic.CountTokensResponse(input_tokens=count))

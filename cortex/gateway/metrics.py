@@ -40,6 +40,7 @@ class RequestTiming:
 
     Attributes:
         node: where it ran, empty when it never got that far.
+        account, key: whom its tokens are counted for, empty without a known key.
         duration_s: from arrival to the last byte.
         ttft_s: from arrival to the first content token of a stream, None elsewhere.
         decode_s: from the first content token to the last byte of a stream.
@@ -48,6 +49,8 @@ class RequestTiming:
 
     model: str
     node: str = ""
+    account: str = ""
+    key: str = ""
     duration_s: float = 0.0
     ttft_s: float | None = None
     decode_s: float | None = None
@@ -74,6 +77,9 @@ class Metrics:
         self._cached_tokens = self._counter(
             "cortex_cached_prompt_tokens", "Prompt tokens whose prefill was saved by a cache."
         )
+        self._spend = self._by_caller("cortex_spend_tokens", "Prompt and answer tokens.")
+        self._spend_prompt = self._by_caller("cortex_spend_prompt_tokens", "Prompt tokens.")
+        self._spend_completion = self._by_caller("cortex_spend_completion_tokens", "Answer tokens.")
         self._loads = Counter(
             "cortex_model_loads",
             "Loads that ended, by outcome (loaded, failed).",
@@ -123,6 +129,12 @@ class Metrics:
             rate = (timing.completion_tokens - 1) / timing.decode_s
             self._token_rate.labels(*labels).observe(rate)
 
+        if timing.account:
+            caller = (timing.account, timing.key)
+            self._spend.labels(*caller).inc(timing.prompt_tokens + timing.completion_tokens)
+            self._spend_prompt.labels(*caller).inc(timing.prompt_tokens)
+            self._spend_completion.labels(*caller).inc(timing.completion_tokens)
+
     def record_cold_start(self, model: str, node: str) -> None:
         """Count a load that a request made this gateway begin."""
         self._cold_starts.labels(model, node).inc()
@@ -143,6 +155,9 @@ class Metrics:
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(name, text, _LABELS, registry=self.registry)
+
+    def _by_caller(self, name: str, text: str) -> Counter:
+        return Counter(name, f"{text} By key.", ("account", "key"), registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, _LABELS, registry=self.registry, buckets=buckets)

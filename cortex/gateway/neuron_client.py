@@ -1,4 +1,4 @@
-"""The gateway's client of the neuron API: the one module that calls aiohttp.
+"""The gateway's client of the neuron API: the one module that talks to nodes.
 
 Every fault of a connection becomes an `UpstreamConnectionError` that names the node, every error
 answer the `RemoteError` it carries, everything else that is not the protocol an

@@ -1,16 +1,22 @@
 """What `cortex status` shows: a gateway's health and models, as data and as table rows."""
 
 import asyncio
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
 import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from cortex.core.openai import ModelCard, ModelList
 from cortex.gateway.views import HealthReport
 
 TIMEOUT_S = 10.0
 MAX_BODY_BYTES = 16 << 20
+PIPE_COLUMNS = 160
 
 EXIT_OK = 0
 EXIT_DEGRADED = 1
@@ -71,15 +77,47 @@ class StatusReport:
         ]
 
     def to_json(self) -> bytes:
-        """Return the whole report as JSON."""
+        """Return the whole report as one JSON object."""
+        health = self.health
         return msgspec.json.encode(
             {
                 "endpoint": self.endpoint,
+                "status": health.status if health is not None else "unreachable",
                 "error": self.error,
-                "health": self.health,
+                "nodes": health.nodes if health is not None else None,
+                "unservable": health.unservable if health is not None else [],
+                "details": health.details if health is not None else [],
                 "models": self.models,
             }
         )
+
+
+def print_status(report: StatusReport, *, as_json: bool) -> None:
+    """Print a report: one JSON object, or tables; an unreachable gateway goes to stderr."""
+    # A pipe has no width of its own; names must not be cut there.
+    out = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False)
+    if as_json:
+        out.print(report.to_json().decode(), soft_wrap=True, markup=False)
+        return
+    if report.health is None:
+        Console(stderr=True, highlight=False).print(report.summary, soft_wrap=True, markup=False)
+        return
+    out.print(report.summary, markup=False)
+    out.print(_table(("node", "state", "in flight", "queued", "models"), report.node_rows))
+    if report.error is not None:
+        out.print(f"models: {report.error}", markup=False)
+    else:
+        out.print(_table(("model", "status", "where", "context"), report.model_rows))
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, no_wrap=number == 0, overflow="fold")
+    for row in rows:
+        # Names come from other machines and are not markup.
+        table.add_row(*(Text(cell) for cell in row))
+    return table
 
 
 async def fetch_status(endpoint: str, key: str | None = None) -> StatusReport:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from starlette.types import ASGIApp
 
-from cortex.core.config import NeuronConfig, user_cache_dir
+from cortex.core.config import NeuronConfig, child_environment, user_cache_dir
 from cortex.neuron.activation import Activator
 from cortex.neuron.chat.model import ChatModel, load_chat_model
 from cortex.neuron.discovery import Monitor, NvmlProbe, Probe
@@ -68,6 +68,7 @@ async def open_app(
         monitor=monitor,
         metrics=metrics,
         engine_command=engine_command,
+        environment=child_environment({"OMP_NUM_THREADS": str(torch.num_threads)}),
         open_chat=open_chat,
         clock=clock,
     )

@@ -145,6 +145,7 @@ class EngineClient:
         command: Sequence[str],
         *,
         environment: Mapping[str, str] | None = None,
+        clock: Callable[[], float],
         on_end: Callable[[], None] | None = None,
     ) -> None:
         self.model_id = model_id
@@ -155,6 +156,8 @@ class EngineClient:
         self._command = command
         self._environment = environment
         self._on_end = on_end
+        self._clock = clock
+        self._heard_s = clock()
         self._on_progress: Callable[[Progress], None] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -238,6 +241,8 @@ class EngineClient:
         request_ids = range(self._next_id, self._next_id + len(requests))
         self._next_id += len(requests)
         generation = Generation(self, request_ids)
+        if not self._generations:
+            self._heard_s = self._clock()
         if self.loaded is None or self._stopping or not self._is_linked():
             generation._fail(self._death())  # noqa: SLF001  two halves of one
             return generation
@@ -245,6 +250,10 @@ class EngineClient:
             self._generations[request_id] = (generation, choice_idx)
             self._send(msgspec.structs.replace(request, request_id=request_id))
         return generation
+
+    def silent_s(self) -> float:
+        """Return how long an engine with open requests has reported nothing; 0 without any."""
+        return self._clock() - self._heard_s if self._generations else 0.0
 
     async def stop(self, *, grace_s: float) -> None:
         """End the process: ask, then SIGTERM, then SIGKILL; return when it is gone."""
@@ -387,6 +396,7 @@ class EngineClient:
             self._signal(signal.SIGKILL)
 
     def _take(self, event: Event) -> None:
+        self._heard_s = self._clock()
         match event:
             case StepDone():
                 self.stats = event.stats

@@ -7,6 +7,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from cortex.core.build import version
+from cortex.core.decode import decode_body
 from cortex.core.errors import ModelNotFoundError
 from cortex.core.neuron_api import (
     Endpoint,
@@ -20,7 +21,6 @@ from cortex.core.web import (
     EventStream,
     build_app,
     cancel_on_disconnect,
-    decode_body,
     json_response,
     read_body,
 )
@@ -33,6 +33,8 @@ from cortex.neuron.views import Views
 MAX_CONTROL_BODY_BYTES = 1 << 20
 # A client or proxy that hears nothing for long gives up; prefill can take long.
 KEEPALIVE_S = 1.0
+# A listing waits this long for a fresh look at the directories, then shows the last one.
+LISTING_WAIT_S = 0.2
 
 _load_decoder = msgspec.json.Decoder(LoadRequest)
 _unload_decoder = msgspec.json.Decoder(UnloadRequest)
@@ -94,12 +96,12 @@ class Handlers:
 
     async def models(self, _: Request) -> Response:
         """`GET /models`."""
-        await self._lifecycle.refresh()
+        await self._lifecycle.refresh(LISTING_WAIT_S)
         return json_response(self._views.models())
 
     async def cards(self, _: Request) -> Response:
         """`GET /v1/models`."""
-        await self._lifecycle.refresh()
+        await self._lifecycle.refresh(LISTING_WAIT_S)
         return json_response(self._views.cards())
 
     async def model(self, request: Request) -> Response:

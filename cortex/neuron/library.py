@@ -8,7 +8,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cortex.core.errors import CheckpointError
@@ -67,7 +67,7 @@ class Library:
         self._clock = clock
         self._read_facts = read_facts
         self._entries: dict[str, Entry] = {}
-        self._described: dict[tuple[str, int, int], Entry] = {}
+        self._described: dict[tuple[str, str, int, int], Entry] = {}
         self._scanned_s: float | None = None
         self._lock = threading.Lock()
 
@@ -82,17 +82,32 @@ class Library:
         return self._scanned_s is not None and self._clock() - self._scanned_s < FRESH_S
 
     def find(self, model_id: str) -> Entry | None:
-        """Return the entry of an id; a GGUF file also goes by its full file name."""
-        return self._entries.get(model_id) or self._entries.get(model_id.removesuffix(".gguf"))
+        """Return the entry of an id."""
+        return self._entries.get(model_id)
 
     def scan(self) -> None:
-        """Look at the directories again; facts already known of unchanged files are kept."""
+        """Look at the directories again; facts already known of unchanged files are kept.
+
+        Of two checkpoints with one name the first is served, the bundled model before all
+        others; a GGUF file that comes second goes by its full file name.
+        """
+        found: dict[str, Entry] = {}
+        for entry in self._candidates():
+            file_name = Path(entry.source.path).name
+            model_id = entry.id if entry.id not in found else file_name
+            if model_id not in found:
+                found[model_id] = replace(entry, id=model_id)
         with self._lock:
-            found: dict[str, Entry] = {}
-            for entry in self._candidates():
-                if entry.id not in found:
-                    found[entry.id] = self._described.get(_signature(entry), entry)
-            self._entries = found
+            # What is in this cache is what is listed: it is bounded by the directories.
+            self._described = {
+                signature: self._described[signature]
+                for signature in map(_signature, found.values())
+                if signature in self._described
+            }
+            self._entries = {
+                model_id: self._described.get(_signature(entry), entry)
+                for model_id, entry in found.items()
+            }
             self._scanned_s = self._clock()
 
     def describe_all(self) -> None:
@@ -112,10 +127,12 @@ class Library:
             facts = self._read_facts(entry.source)
         except CheckpointError as exc:
             error = exc
-        described = Entry(id=entry.id, source=entry.source, facts=facts, error=error)
+        described = replace(entry, facts=facts, error=error)
         with self._lock:
-            self._described[signature] = described
-            if self._entries.get(entry.id) == entry:
+            listed = self._entries.get(entry.id)
+            # A hub snapshot is not listed; its facts are the loaded model's.
+            if listed is not None and listed.source == entry.source:
+                self._described[signature] = described
                 self._entries = {**self._entries, entry.id: described}
         return described
 
@@ -158,12 +175,12 @@ def _children(directory: Path) -> Iterator[Entry]:
             yield Entry(id=path.stem if source.kind == "gguf" else path.name, source=source)
 
 
-def _signature(entry: Entry) -> tuple[str, int, int]:
+def _signature(entry: Entry) -> tuple[str, str, int, int]:
     path = Path(entry.source.path)
     if entry.source.kind == "hf":
         path /= "config.json"
     try:
         status = path.stat()
     except OSError:
-        return str(path), 0, 0
-    return str(path), status.st_mtime_ns, status.st_size
+        return entry.id, str(path), 0, 0
+    return entry.id, str(path), status.st_mtime_ns, status.st_size

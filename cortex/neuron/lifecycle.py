@@ -61,6 +61,9 @@ MEMORY_RETURN_S = 3.0
 MEMORY_RETRY_S = 0.2
 MEMORY_READ_S = 2.0
 SCAN_S = 2.0
+# An engine with work that reports nothing for this long is stuck.
+STALL_S = 300.0
+STALL_CHECK_S = 10.0
 # Failed models and load times that are remembered.
 MAX_REMEMBERED = 256
 HARNESSES = ("torch", "candle")
@@ -170,6 +173,9 @@ class Lifecycle:
         self._is_closing = False
         self._tasks: asyncio.TaskGroup | None = None
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="lifecycle")
+        # A directory that hangs may hang this thread and no other.
+        self._scanner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="library scan")
+        self._scan: asyncio.Future[None] | None = None
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator["Lifecycle"]:
@@ -183,6 +189,7 @@ class Lifecycle:
                     await self._close()
         finally:
             self._threads.shutdown(wait=False, cancel_futures=True)
+            self._scanner.shutdown(wait=False, cancel_futures=True)
 
     async def find(self, model_id: str) -> Entry:
         """Return a checkpoint that lies on this host, loaded or not.
@@ -317,7 +324,7 @@ class Lifecycle:
         return sorted(found, key=lambda each: -(each.last_used_s or float("inf")))
 
     def _start(self, model: Model, request: LoadRequest) -> None:
-        model.job = Job(model.id, clock=self._clock, last_load_s=self._load_s.get(model.id))
+        model.job = self._job(model)
         model.ended.clear()
         model.wake.clear()
         model.task = self._spawn(self._supervise(model, request), name=f"model {model.id}")
@@ -339,7 +346,6 @@ class Lifecycle:
                 if model.state.status != "recovering":
                     break
                 await asyncio.sleep(pause_s)
-                model.job = model.job if model.job and not model.job.is_done else self._job(model)
         except CortexError as exc:
             self._lose(model, self._lost(model, exc))
         except Exception:  # a load: the traceback goes to the log, the state tells clients
@@ -392,6 +398,7 @@ class Lifecycle:
             self._engine_command,
             environment=self._environment,
             on_end=model.wake.set,
+            clock=self._clock,
         )
 
         def on_progress(progress: Progress) -> None:
@@ -404,9 +411,7 @@ class Lifecycle:
             )
             model.chat = replace(await chat, max_model_len=model.loaded.max_model_len)
             self._open(model, engine, plan, model.loaded)
-            while not (engine.ended.is_set() or model.state.status == "draining"):
-                model.wake.clear()
-                await model.wake.wait()
+            await self._watch(model, engine)
             if model.state.status == "draining":
                 await self._drain(model, engine)
                 return None
@@ -416,8 +421,20 @@ class Lifecycle:
             return self._lost(model, exc)
         finally:
             chat.cancel()
-            model.engine = None
             await engine.kill()
+            model.engine = None
+
+    async def _watch(self, model: Model, engine: EngineClient) -> None:
+        """Return when the engine has ended, is wanted to end, or has to."""
+        while not (engine.ended.is_set() or model.state.status == "draining"):
+            model.wake.clear()
+            try:
+                async with asyncio.timeout(STALL_CHECK_S):
+                    await model.wake.wait()
+            except TimeoutError:
+                if engine.silent_s() > STALL_S:
+                    _logger.error("engine is stuck; ending it", extra={"model": model.id})
+                    await engine.kill()
 
     def _open(self, model: Model, engine: EngineClient, plan: _Plan, loaded: Loaded) -> None:
         limits = self._config.admission
@@ -467,6 +484,12 @@ class Lifecycle:
                 model.admission.close(_failed(model, self._clock()))
         if Effect.FAIL in decision.effects and model.job is not None:
             model.job.fail(lost.error)
+        if Effect.RESTART in decision.effects:
+            # What the dead engine held is free again and promised to its successor.
+            if model.claim is not None:
+                model.claim = replace(model.claim, is_taken=False)
+            if model.job is None or model.job.is_done:
+                model.job = self._job(model)
         if model.state.status == "failed":
             self._bound_failures()
         return decision.pause_s
@@ -561,19 +584,24 @@ class Lifecycle:
             )
             return placement
 
-    async def refresh(self) -> None:
-        """Look at the model directories again, unless that was done a moment ago."""
+    async def refresh(self, limit_s: float) -> None:
+        """Look at the model directories again, unless that was done a moment ago.
+
+        A look that takes longer than `limit_s` goes on without the caller.
+        """
         if self.library.is_fresh:
             return
-        try:
-            async with asyncio.timeout(SCAN_S):
-                await self._in_thread(self.library.scan)
-        except TimeoutError:
+        if self._scan is None or self._scan.done():
+            loop = asyncio.get_running_loop()
+            self._scan = loop.run_in_executor(self._scanner, self.library.scan)
+        # Unlike a timeout, this leaves the look to those who come after.
+        done, _ = await asyncio.wait([self._scan], timeout=limit_s)
+        if not done:
             _logger.warning("a model directory does not answer; using the last listing")
 
     async def _refresh_for(self, model_id: str) -> None:
         if self.library.find(model_id) is None:
-            await self.refresh()
+            await self.refresh(SCAN_S)
 
     async def _in_thread(self, work: Callable[[*Args], T], *args: *Args) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)

@@ -10,7 +10,12 @@ from typing import Literal
 
 import msgspec
 
-from cortex.core.errors import BadRequestError, InsufficientMemoryError, UnsupportedFieldError
+from cortex.core.errors import (
+    BadRequestError,
+    InsufficientMemoryError,
+    ServiceUnavailableError,
+    UnsupportedFieldError,
+)
 from cortex.neuron.devices import HOST, DeviceMemory
 from cortex.neuron.models.facts import ModelFacts
 
@@ -104,8 +109,13 @@ def place(
         InsufficientMemoryError: it fits nowhere it may go.
         BadRequestError: a device does not exist.
         UnsupportedFieldError: more than one device is asked for.
+        ServiceUnavailableError: there is no reading to plan with.
     """
     candidates = _candidates(wish, memory)
+    if not candidates:
+        raise ServiceUnavailableError(
+            "the memory of this host's devices cannot be read; its log says why"
+        )
     on_gpu = candidates[0].index != HOST
     needed = need_bytes(wish, on_gpu=on_gpu)
     free = {each.index: free_bytes(each, claims) for each in candidates}

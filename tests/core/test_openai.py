@@ -200,7 +200,7 @@ def test_empty_messages_are_refused() -> None:
 def test_missing_messages_are_refused() -> None:
     error = refusal(b'{"model":"m"}')
     assert error.param == "messages"
-    assert "missing required field `messages`" in error.message
+    assert "`messages` is missing" in error.message
 
 
 def test_a_request_without_model_has_its_own_code() -> None:

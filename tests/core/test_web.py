@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cortex.core import openai
+from cortex.core.decode import decode_body
 from cortex.core.errors import (
     BadRequestError,
     CortexError,
@@ -25,7 +26,6 @@ from cortex.core.web import (
     EventStream,
     build_app,
     cancel_on_disconnect,
-    decode_body,
     json_response,
     read_body,
 )

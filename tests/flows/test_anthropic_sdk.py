@@ -5,6 +5,8 @@ import pytest
 from anthropic import Anthropic
 
 MODEL = "cortex-tiny"
+# The SDK has no argument for it any more; the field is still part of the dialect.
+GREEDY = {"temperature": 0}
 WEATHER = {
     "name": "get_weather",
     "description": "Get the weather of a city.",
@@ -25,7 +27,7 @@ def test_a_message_is_answered_with_one_text_block(anthropic_client: Anthropic):
         model=MODEL,
         max_tokens=100,
         messages=ask("What is the capital of France?"),
-        temperature=0,
+        extra_body=GREEDY,
     )
     assert [block.type for block in reply.content] == ["text"]
     assert "Paris" in reply.content[0].text
@@ -36,10 +38,10 @@ def test_a_message_is_answered_with_one_text_block(anthropic_client: Anthropic):
 
 def test_a_stream_accumulates_to_the_same_message(anthropic_client: Anthropic):
     whole = anthropic_client.messages.create(
-        model=MODEL, max_tokens=100, messages=ask("Count from 1 to 9."), temperature=0
+        model=MODEL, max_tokens=100, messages=ask("Count from 1 to 9."), extra_body=GREEDY
     )
     with anthropic_client.messages.stream(
-        model=MODEL, max_tokens=100, messages=ask("Count from 1 to 9."), temperature=0
+        model=MODEL, max_tokens=100, messages=ask("Count from 1 to 9."), extra_body=GREEDY
     ) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_message()
@@ -54,7 +56,7 @@ def test_a_stream_accumulates_to_the_same_message(anthropic_client: Anthropic):
 def test_a_tool_is_used_and_its_result_answered(anthropic_client: Anthropic):
     question = ask("What is the weather in Paris?")
     first = anthropic_client.messages.create(
-        model=MODEL, max_tokens=200, messages=question, tools=[WEATHER], temperature=0
+        model=MODEL, max_tokens=200, messages=question, tools=[WEATHER], extra_body=GREEDY
     )
     assert first.stop_reason == "tool_use"
     use = first.content[-1]
@@ -71,7 +73,7 @@ def test_a_tool_is_used_and_its_result_answered(anthropic_client: Anthropic):
             {"role": "user", "content": [result]},
         ],
         tools=[WEATHER],
-        temperature=0,
+        extra_body=GREEDY,
     )
     assert second.content[0].type == "text"
     assert second.content[0].text
@@ -83,7 +85,7 @@ def test_a_streamed_tool_use_accumulates_to_its_input(anthropic_client: Anthropi
         max_tokens=200,
         messages=ask("What is the weather in Rome?"),
         tools=[WEATHER],
-        temperature=0,
+        extra_body=GREEDY,
     ) as stream:
         final = stream.get_final_message()
     assert final.stop_reason == "tool_use"
@@ -125,7 +127,7 @@ def test_a_stop_sequence_is_named_in_the_answer(anthropic_client: Anthropic):
         max_tokens=60,
         messages=ask("Count from 1 to 9."),
         stop_sequences=["5"],
-        temperature=0,
+        extra_body=GREEDY,
     )
     assert reply.stop_reason == "stop_sequence"
     assert reply.stop_sequence == "5"

@@ -1,5 +1,7 @@
 """Bad input gets one clear error in the caller's dialect, and nothing is lost by it."""
 
+import io
+
 import aiohttp
 import pytest
 
@@ -11,7 +13,7 @@ OK = {"model": "cortex-tiny", "messages": [{"role": "user", "content": "hi"}], "
 
 
 async def post(up: Cortex, path: str, body: object) -> tuple[int, dict]:
-    data = body if isinstance(body, bytes) else None
+    data = io.BytesIO(body) if isinstance(body, bytes) else None
     async with (
         aiohttp.ClientSession() as session,
         session.post(up.url + path, json=None if data is not None else body, data=data) as reply,
@@ -34,7 +36,7 @@ OPENAI_CASES = [
     ({**OK, "temperature": 9}, 400, "invalid_request", "temperature"),
     ({**OK, "max_tokens": 0}, 400, "invalid_request", "max_tokens"),
     ({**OK, "stop": 4}, 400, "invalid_request", "stop"),
-    ({**OK, "tools": [{"type": "function"}]}, 400, "invalid_request", "function"),
+    ({**OK, "tools": [{"type": "function"}]}, 400, "unsupported_field", "function"),
     (
         {
             **OK,

@@ -33,7 +33,11 @@ async def free_slots(session: aiohttp.ClientSession, up: Cortex) -> int:
 async def end_token_ids(session: aiohttp.ClientSession, up: Cortex) -> list[int]:
     async with session.post(
         f"{up.neuron_url}/v1/tokenize",
-        json={"model": MODEL, "prompt": "<|im_end|><|endoftext|>"},
+        json={
+            "model": MODEL,
+            "prompt": "<|im_end|><|endoftext|>",
+            "return_tokens": True,
+        },
     ) as reply:
         return (await reply.json())["tokens"]
 

@@ -58,7 +58,7 @@ def test_the_anthropic_dialect_gets_the_same_answer(anthropic_client: Anthropic)
     reply = anthropic_client.messages.create(
         model=MODEL,
         max_tokens=40,
-        temperature=0,
+        extra_body={"temperature": 0},
         messages=[{"role": "user", "content": PROMPTS[0]}],
     )
     assert "Paris" in reply.content[0].text

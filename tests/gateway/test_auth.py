@@ -4,7 +4,7 @@ import pytest
 
 from cortex.core.config import ApiKey, Entitlements
 from cortex.core.errors import AuthenticationError
-from cortex.gateway.auth import Gatekeeper
+from cortex.gateway.auth import ANONYMOUS, Caller, Gatekeeper
 from tests.support.gateway import run_gateway
 
 REQUIRED = Entitlements(
@@ -24,7 +24,7 @@ REQUIRED = Entitlements(
     ],
 )
 def test_a_known_key_passes_as_bearer_or_x_api_key(headers: dict[str, str]) -> None:
-    Gatekeeper(REQUIRED).check(headers)
+    assert Gatekeeper(REQUIRED).check(headers) != ANONYMOUS
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,17 @@ def test_a_missing_or_unknown_key_is_refused(headers: dict[str, str]) -> None:
         Gatekeeper(REQUIRED).check(headers)
 
 
-def test_without_require_auth_any_key_passes() -> None:
-    optional = Entitlements(keys=[ApiKey(key="one", account_id="a")])
-    Gatekeeper(optional).check({"authorization": "Bearer placeholder"})
+def test_without_require_auth_any_key_passes_and_a_known_one_is_counted() -> None:
+    optional = Entitlements(keys=[ApiKey(key="one", account_id="a", key_id="laptop")])
+    gatekeeper = Gatekeeper(optional)
+    assert gatekeeper.check({"authorization": "Bearer placeholder"}) == ANONYMOUS
+    known = gatekeeper.check({"authorization": "Bearer one"})
+    assert known == Caller(account_id="a", key_id="laptop")
+
+
+def test_a_key_without_an_id_is_named_by_the_start_of_its_hash() -> None:
+    caller = Gatekeeper(REQUIRED).check({"x-api-key": "one"})
+    assert caller == Caller(account_id="a", key_id="7692c3ad")
 
 
 async def test_everything_but_health_answers_401_in_the_callers_dialect() -> None:

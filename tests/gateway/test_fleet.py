@@ -2,7 +2,7 @@
 
 import pytest
 
-from cortex.core.neuron_api import Discovery, ModelInfo, ModelLoad, NeuronHealth
+from cortex.core.neuron_api import Discovery, ModelInfo, ModelLoad, NeuronHealth, Servable
 from cortex.gateway.fleet import Fleet, FleetSnapshot, NodeView
 
 
@@ -87,6 +87,17 @@ def test_a_status_this_version_does_not_know_reads_as_unloaded(fleet: Fleet) -> 
     fleet.record_reading("a", [info("x", "hibernating")], None, stamp=0)
     assert node_of(fleet).status("x") == "unloaded"
     assert node_of(fleet).status("never-heard-of") is None
+
+
+def test_a_model_that_was_loaded_here_is_not_held_back_by_what_was_said_before(
+    fleet: Fleet,
+) -> None:
+    unloaded = ModelInfo(
+        id="x", harness="torch", status="unloaded", servable=Servable(ok=False, reason="unloaded")
+    )
+    fleet.record_reading("a", [unloaded], None, stamp=0)
+    fleet.record_status("a", "x", "loaded")
+    assert node_of(fleet).models["x"].servable is None
 
 
 def test_a_lease_is_counted_until_its_first_release(fleet: Fleet) -> None:

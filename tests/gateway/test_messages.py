@@ -24,9 +24,9 @@ def message(**fields: object) -> dict[str, object]:
     }
 
 
-def events(body: bytes) -> list[tuple[str, dict[str, Any]]]:
+def events(body: str) -> list[tuple[str, dict[str, Any]]]:
     found = []
-    for block in body.decode().strip().split("\n\n"):
+    for block in body.strip().split("\n\n"):
         name, data = block.split("\n", 1)
         decoded = msgspec.json.decode(data.removeprefix("data: "))
         found.append((name.removeprefix("event: "), decoded))
@@ -141,7 +141,7 @@ async def test_a_stream_has_its_events_in_order_with_usage() -> None:
         async with run_gateway({"a": neuron.endpoint}) as gateway:
             response = await gateway.post("/v1/messages", message(stream=True))
             assert response.content_type == "text/event-stream"
-            found = events(await response.read())
+            found = events(await response.text())
             assert [name for name, _ in found] == [
                 "message_start",
                 "content_block_start",
@@ -169,7 +169,7 @@ async def test_a_cold_stream_pings_until_the_model_is_loaded() -> None:
                     received += await response.content.readany()
                 gate.set()
                 received += await response.content.read()
-            found = [name for name, _ in events(received.replace(PING, b""))]
+            found = [name for name, _ in events(received.replace(PING, b"").decode())]
             assert (found[0], found[-1]) == ("message_start", "message_stop")
 
 
@@ -179,7 +179,7 @@ async def test_a_stream_that_breaks_ends_in_the_dialects_error_event(fault: str)
     async with MockNeuron(model) as neuron:
         async with run_gateway({"a": neuron.endpoint}) as gateway:
             response = await gateway.post("/v1/messages", message(stream=True))
-            names = [name for name, _ in events(await response.read())]
+            names = [name for name, _ in events(await response.text())]
             assert names[-1] == "error"
             assert names.count("error") == 1
             assert "message_stop" not in names

@@ -68,6 +68,18 @@ async def test_a_stream_without_usage_is_counted_by_its_chunks() -> None:
             assert samples["cortex_completion_tokens_total" + AT] == 3
 
 
+async def test_tokens_are_counted_for_the_account_of_the_key() -> None:
+    async with MockNeuron(MockModel("m", "loaded")) as neuron:
+        async with run_gateway({"a": neuron.endpoint}, keys=("secret",)) as gateway:
+            body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+            await gateway.post("/v1/chat/completions", body, x_api_key="secret")
+            samples = await gateway.metrics()
+            labels = '{account="test",key="2bb80d53"}'
+            assert samples["cortex_spend_tokens_total" + labels] == 10
+            assert samples["cortex_spend_prompt_tokens_total" + labels] == 7
+            assert samples["cortex_spend_completion_tokens_total" + labels] == 3
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_error_of_the_node_counts_as_an_error_of_that_node(stream: bool) -> None:
     model = MockModel("m", "loaded", refusal=(500, "internal_server_error"))

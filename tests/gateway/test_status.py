@@ -1,8 +1,11 @@
 """What `cortex status` is told: rows, exit codes, reasons."""
 
 import msgspec
+import pytest
 
-from cortex.gateway.status import fetch_status
+from cortex.core.openai import ModelCard
+from cortex.gateway.status import StatusReport, fetch_status, print_status
+from cortex.gateway.views import HealthReport, ModelState, NodeCount, NodeReport
 from tests.support.gateway import run_gateway
 from tests.support.mock_neuron import MockModel, MockNeuron
 
@@ -19,7 +22,8 @@ async def test_a_healthy_fleet_gives_rows_and_exit_code_0() -> None:
                 ("n", "unloaded", "-", "-"),
             ]
             decoded = msgspec.json.decode(report.to_json())
-            assert decoded["health"]["status"] == "ok"
+            assert decoded["status"] == "ok"
+            assert decoded["nodes"] == {"healthy": 1, "total": 1}
             assert [card["id"] for card in decoded["models"]] == ["m", "n"]
 
 
@@ -54,3 +58,46 @@ async def test_a_gateway_that_wants_a_key_shows_its_health_and_with_it_its_model
             assert report.error == f"{gateway.url}/v1/models answered 401"
             report = await fetch_status(gateway.url, key="secret")
             assert [card.id for card in report.models] == ["m"]
+
+
+def healthy() -> StatusReport:
+    name = "org/a-model-with-a-long-name-[bold]" + "x" * 40
+    node = NodeReport(
+        name="box",
+        endpoint="http://box",
+        healthy=True,
+        models=[ModelState(id=name, state="loaded")],
+    )
+    return StatusReport(
+        endpoint="http://gateway",
+        exit_code=0,
+        health=HealthReport(status="ok", nodes=NodeCount(healthy=1, total=1), details=[node]),
+        models=[ModelCard(id=name, status="loaded", max_model_len=4096)],
+    )
+
+
+def test_tables_show_whole_names_even_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    print_status(healthy(), as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "http://gateway: ok, 1/1 nodes healthy"
+    name = "org/a-model-with-a-long-name-[bold]" + "x" * 40
+    assert [line.split() for line in lines if line.startswith(name)] == [
+        [name, "loaded", "-", "4096"]
+    ]
+
+
+def test_json_is_one_object_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    print_status(healthy(), as_json=True)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert msgspec.json.decode(line)["details"][0]["name"] == "box"
+
+
+def test_an_unreachable_gateway_is_reported_on_stderr_and_as_json_on_stdout(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = StatusReport(endpoint="http://gone", exit_code=2, error="refused")
+    print_status(report, as_json=False)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "http://gone: unreachable: refused\n")
+    print_status(report, as_json=True)
+    assert msgspec.json.decode(capsys.readouterr().out)["status"] == "unreachable"

@@ -12,14 +12,7 @@ from cortex.neuron.app import open_app
 from cortex.neuron.devices import HOST
 from tests.support.fake_engine import starts, write_script
 from tests.support.neuron_fakes import FakeProbe, eventually
-from tests.support.neuron_http import add_chat_model, chat, encode, neuron
-
-
-async def until(condition):
-    """Wait until an awaited condition holds."""
-    async with asyncio.timeout(30):
-        while not await condition():
-            await asyncio.sleep(0.01)
+from tests.support.neuron_http import add_chat_model, chat, encode, neuron, until
 
 
 async def test_a_chat_request_is_answered(tmp_path):
@@ -44,9 +37,7 @@ async def test_a_stream_begins_with_the_role_and_ends_with_usage_and_done(tmp_pa
         assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
         events = answer.events
         assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-        text = "".join(
-            each["choices"][0]["delta"].get("content", "") for each in events[1:-2]
-        )
+        text = "".join(each["choices"][0]["delta"].get("content", "") for each in events[1:-2])
         assert "hello there" in text
         assert events[-3]["choices"][0]["finish_reason"] == "stop"
         assert events[-2]["usage"]["completion_tokens"] > 0
@@ -266,7 +257,6 @@ async def test_models_lists_what_could_be_served_with_its_limits(tmp_path):
 async def test_a_model_added_while_running_is_listed_and_served(tmp_path):
     async with neuron(tmp_path) as api:
         add_chat_model(tmp_path / "models", "late")
-
 
         async def listed():
             return "late" in [each["id"] for each in (await api.get("/models")).json]

@@ -1,6 +1,7 @@
 import asyncio
 import os
 import signal
+import time
 from contextlib import asynccontextmanager
 
 import pytest
@@ -22,7 +23,7 @@ from tests.support.fake_engine import COMMAND, write_script
 @asynccontextmanager
 async def running(directory, *, command=COMMAND):
     async with asyncio.TaskGroup() as tasks:
-        client = EngineClient("m", command)
+        client = EngineClient("m", command, clock=time.monotonic)
         await client.start(tasks)
         try:
             yield client
@@ -94,7 +95,7 @@ async def test_a_process_that_dies_while_loading_is_quoted(tmp_path):
 
 async def test_a_program_that_does_not_exist_is_a_failed_load(tmp_path):
     async with asyncio.TaskGroup() as tasks:
-        client = EngineClient("m", [str(tmp_path / "none")])
+        client = EngineClient("m", [str(tmp_path / "none")], clock=time.monotonic)
         with pytest.raises(LoadFailedError, match="no engine process could be started"):
             await client.start(tasks)
 

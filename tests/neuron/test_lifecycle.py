@@ -1,6 +1,7 @@
 import asyncio
 import os
 import signal
+import threading
 import time
 from contextlib import asynccontextmanager
 
@@ -21,6 +22,7 @@ from cortex.core.errors import (
     UnsupportedFieldError,
 )
 from cortex.core.neuron_api import LoadRequest
+from cortex.neuron import lifecycle as lifecycle_module
 from cortex.neuron import residency
 from cortex.neuron.discovery import Monitor
 from cortex.neuron.engine.protocol import Submit
@@ -201,6 +203,49 @@ async def test_a_killed_engine_fails_its_streams_and_comes_back(tmp_path):
         await it.until("m", "loaded")
         assert await tokens_of(it.stream("m", 7)) == [7]
     assert len(starts(path)) == 2
+
+
+async def test_a_load_request_during_a_recovery_waits_for_its_end(tmp_path):
+    path = add_model(tmp_path / "models", "m")
+    async with host(tmp_path) as it:
+        await it.load("m")
+        write_script(path, load_s=0.3)
+        os.kill(starts(path)[0], signal.SIGKILL)
+        await it.until("m", "recovering")
+        await it.load("m")
+        assert it.status("m") == "loaded"
+    assert len(starts(path)) == 2
+
+
+async def test_memory_of_a_recovering_model_is_not_given_away(tmp_path):
+    path = add_model(tmp_path / "models", "m", parameters=10_000_000_000)
+    add_model(tmp_path / "models", "other", parameters=10_000_000_000)
+    async with host(tmp_path) as it:
+        await it.load("m")
+        write_script(path, load_s=60)
+        os.kill(starts(path)[0], signal.SIGKILL)
+        await it.until("m", "recovering")
+        with pytest.raises(InsufficientMemoryError):
+            await it.load("other")
+        await it.lifecycle.unload("m")
+        assert it.status("m") == "unloaded"
+        await it.load("other")
+
+
+async def test_an_engine_that_is_stuck_is_ended_and_started_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(lifecycle_module, "STALL_S", 0.1)
+    monkeypatch.setattr(lifecycle_module, "STALL_CHECK_S", 0.05)
+    path = add_model(tmp_path / "models", "m")
+    write_script(path, gap_s=60, repeat=10)
+    async with host(tmp_path) as it:
+        await it.load("m")
+        stream = it.stream("m", 1)
+        write_script(path)
+        with pytest.raises(EngineDiedError):
+            await tokens_of(stream)
+        await eventually(lambda: len(starts(path)) == 2)
+        await it.until("m", "loaded")
+        assert await tokens_of(it.stream("m", 7)) == [7]
 
 
 async def test_an_engine_that_keeps_dying_is_given_up_with_the_reason(tmp_path, monkeypatch):
@@ -429,3 +474,24 @@ async def test_a_library_that_cannot_start_the_engine_reports_a_failed_load(tmp_
         with pytest.raises(LoadFailedError, match="no engine process could be started"):
             await it.load("m")
         assert it.status("m") == "failed"
+
+
+async def test_a_directory_that_hangs_delays_no_listing_and_no_load_of_what_is_known(tmp_path):
+    add_model(tmp_path / "models", "m")
+    released = threading.Event()
+    async with host(tmp_path) as it:
+        it.lifecycle.library.scan()
+        it.clock.ahead_s = 60.0
+        scans = []
+
+        def hang():
+            scans.append(1)
+            released.wait(30)
+
+        it.lifecycle.library.scan = hang
+        for _ in range(5):
+            await it.lifecycle.refresh(0.01)
+        assert scans == [1]
+        await it.load("m")
+        assert it.status("m") == "loaded"
+        released.set()

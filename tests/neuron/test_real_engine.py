@@ -1,11 +1,13 @@
 import asyncio
+import contextlib
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from cortex.neuron.app import ENGINE_COMMAND
-from tests.support.neuron_http import chat, encode, neuron
+from tests.support.neuron_http import chat, encode, neuron, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -30,13 +32,13 @@ async def test_the_bundled_model_answers_streams_and_survives_the_death_of_its_e
         assert slots > 0
         async with api.session.post(url, data=long) as reply:
             await reply.content.readuntil(b"\n\n")
-        async with asyncio.timeout(60):
-            while (await api.health_of("cortex-tiny"))["free_slots"] != slots:
-                await asyncio.sleep(0.05)
 
-        before = await api.get("/models/cortex-tiny")
-        assert before.json["in_flight"] == 0
-        os.kill(await engine_pid(), signal.SIGKILL)
+        async def freed():
+            health = await api.health_of("cortex-tiny")
+            return (health["in_flight"], health["free_slots"]) == (0, slots)
+
+        await until(freed)
+        os.kill(engine_pid(), signal.SIGKILL)
         async with asyncio.timeout(120):
             while True:
                 answer = await api.post("/v1/chat/completions", body)
@@ -47,11 +49,12 @@ async def test_the_bundled_model_answers_streams_and_survives_the_death_of_its_e
         assert answer.json["choices"][0]["message"]["content"] == text
 
 
-async def engine_pid() -> int:
+def engine_pid() -> int:
     """Return the engine process that this process started."""
-    finder = await asyncio.create_subprocess_exec(
-        "pgrep", "-P", str(os.getpid()), "-f", "engine.process", stdout=asyncio.subprocess.PIPE
-    )
-    out, _ = await finder.communicate()
-    (pid,) = out.split()
-    return int(pid)
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            command = stat.with_name("cmdline").read_bytes()
+            if parent == os.getpid() and b"engine.process" in command:
+                return int(stat.parent.name)
+    raise AssertionError("no engine process")

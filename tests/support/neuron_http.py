@@ -2,7 +2,7 @@
 
 import asyncio
 import io
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,13 @@ def encode(body: object) -> bytes:
 def chat(model: str, text: str = "hello there", **fields: Any) -> dict[str, Any]:
     """Return the body of a chat request."""
     return {"model": model, "messages": [{"role": "user", "content": text}], **fields}
+
+
+async def until(condition: Callable[[], Awaitable[object]]) -> None:
+    """Wait until an awaited condition holds."""
+    async with asyncio.timeout(30):
+        while not await condition():  # noqa: ASYNC110  what is waited for is in another process
+            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
