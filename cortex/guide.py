@@ -76,7 +76,7 @@ def greeting(gateway_url: str, model_id: str, models: list[ModelInfo]) -> str:
         "Ask in either dialect:",
         "",
         f"  curl {gateway_url}/v1/chat/completions -H 'content-type: application/json' -d \\",
-        f'    \'{{"model": "{talkative}", "messages": '
+        f'    \'{{"model": "{talkative}", "temperature": 0, "messages": '
         '[{"role": "user", "content": "What is the capital of France?"}]}\'',
         "",
         f"  curl {gateway_url}/v1/messages -H 'content-type: application/json' -d \\",

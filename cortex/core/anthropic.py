@@ -11,7 +11,14 @@ import msgspec
 from msgspec import Meta
 
 from cortex.core.errors import CortexError
-from cortex.core.openai import MAX_MESSAGES, MAX_STOPS, MAX_TOOLS, ModelCard, StopString
+from cortex.core.openai import (
+    MAX_MESSAGES,
+    MAX_NAME_CHARS,
+    MAX_STOPS,
+    MAX_TOOLS,
+    ModelCard,
+    StopString,
+)
 
 PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 
@@ -32,25 +39,29 @@ _encoder = msgspec.json.Encoder()
 
 
 class Source(msgspec.Struct, kw_only=True, frozen=True):
-    """Where an image or document comes from: base64 data, a URL or plain text."""
+    """Where an image or document comes from: base64 data, a URL, plain text or blocks."""
 
     type: str
     media_type: str | None = None
     data: str | None = None
     url: str | None = None
+    content: "str | list[Block] | None" = None
 
 
 class Block(msgspec.Struct, kw_only=True, frozen=True):
-    """One content block of a request; `type` says which of the fields count."""
+    """One content block of a request; `type` says which of the fields count.
+
+    A search result's `source` is a string, and a server tool's failure an object as `content`.
+    """
 
     type: str
     text: str | None = None
-    source: Source | None = None
+    source: Source | str | None = None
     id: str | None = None
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: "str | list[Block] | None" = None
+    content: "str | list[Block] | dict[str, Any] | None" = None
     is_error: bool | None = None
     thinking: str | None = None
     title: str | None = None
@@ -64,12 +75,16 @@ class Turn(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class ToolParam(msgspec.Struct, kw_only=True, frozen=True):
-    """A declared tool; one without a schema is a tool of the vendor's own servers."""
+    """A declared tool; one of another type than `custom` is defined by the vendor."""
 
-    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    name: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)] | None = None
     type: str | None = None
     description: str | None = None
     input_schema: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.type in (None, "custom") and self.name is None:
+            raise ValueError("Object missing required field `name`")
 
 
 class ToolChoice(msgspec.Struct, kw_only=True, frozen=True):
@@ -97,6 +112,23 @@ class Metadata(msgspec.Struct, kw_only=True, frozen=True):
     user_id: str | None = None
 
 
+class OutputFormat(msgspec.Struct, kw_only=True, frozen=True):
+    """The `format` of an output configuration."""
+
+    type: str
+    schema: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.type == "json_schema" and self.schema is None:
+            raise ValueError("Object missing required field `schema`")
+
+
+class OutputConfig(msgspec.Struct, kw_only=True, frozen=True):
+    """`output_config`; its effort is accepted and without effect."""
+
+    format: OutputFormat | None = None
+
+
 class Conversation(msgspec.Struct, kw_only=True, frozen=True):
     """What a request for a message and one for its token count have in common."""
 
@@ -122,6 +154,7 @@ class MessagesRequest(Conversation, kw_only=True, frozen=True):
     top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
     stop_sequences: Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
     metadata: Metadata | None = None
+    output_config: OutputConfig | None = None
 
 
 class CountTokensRequest(Conversation, kw_only=True, frozen=True):

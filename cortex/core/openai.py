@@ -306,7 +306,8 @@ class Choice(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     index: int = _kept(0)
     message: AssistantMessage
     finish_reason: str | None = _kept(None)
-    stop_reason: str | None = None  # the stop string that ended it; an extension others have too
+    # The stop string that ended it, as other engines say it too; theirs may be a token's id.
+    stop_reason: str | int | None = None
     logprobs: ChoiceLogprobs | None = None
 
 

@@ -25,7 +25,7 @@ class SseSplitter:
     """
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()
         self._skip_lf = False
 
     @property
@@ -39,24 +39,39 @@ class SseSplitter:
         Raises:
             UpstreamMalformedError: an event is over MAX_EVENT_BYTES.
         """
-        blocks = (self._rest + self._with_lf(chunk)).split(b"\n\n")
-        self._rest = blocks.pop()
-        if len(self._rest) > MAX_EVENT_BYTES:
+        if self._skip_lf or b"\r" in chunk:
+            chunk = self._with_lf(chunk)
+        rest = self._rest
+        if rest:
+            # Only what is new is searched, so that a large event in small pieces stays cheap.
+            searched = len(rest) - 1
+            rest += chunk
+            if rest.find(b"\n\n", searched) < 0:
+                chunk = b""
+            else:
+                chunk = bytes(rest)
+                rest.clear()
+        *blocks, tail = chunk.split(b"\n\n")
+        rest += tail
+        if len(rest) > MAX_EVENT_BYTES:
             raise UpstreamMalformedError(f"an event is over {MAX_EVENT_BYTES} bytes")
         return [event for event in map(_parse, blocks) if event is not None]
 
     def _with_lf(self, chunk: bytes) -> bytes:
-        if self._skip_lf and chunk.startswith(b"\n"):
+        """Return a chunk with its line ends as LF; a CRLF may have been cut in two."""
+        if not chunk:
+            return chunk
+        is_second_half = self._skip_lf and chunk.startswith(b"\n")
+        self._skip_lf = chunk.endswith(b"\r")
+        if is_second_half:
             chunk = chunk[1:]
-        if chunk:
-            self._skip_lf = chunk.endswith(b"\r")
-        if b"\r" in chunk:
-            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        return chunk
+        return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def _parse(block: bytes) -> SseEvent | None:
     """Read one event's lines; None for a block of nothing but blank lines and unknown fields."""
+    if block.startswith(b"data: ") and b"\n" not in block:
+        return SseEvent(b"", block[6:])
     name = b""
     data: list[bytes] = []
     is_comment = False

@@ -10,7 +10,13 @@ from typing import Any
 import msgspec
 
 from cortex.core import anthropic
-from cortex.core.anthropic import Block, Conversation, MessageResponse, MessagesRequest
+from cortex.core.anthropic import (
+    Block,
+    Conversation,
+    MessageResponse,
+    MessagesRequest,
+    Source,
+)
 from cortex.core.errors import BadRequestError, UpstreamMalformedError
 from cortex.core.openai import (
     ChatCompletion,
@@ -20,9 +26,11 @@ from cortex.core.openai import (
     FunctionDef,
     FunctionName,
     ImagePart,
+    JsonSchemaFormat,
     Message,
     NamedToolChoice,
     Part,
+    ResponseFormat,
     StreamOptions,
     TextPart,
     Tool,
@@ -35,12 +43,7 @@ BILLING_PREFIX = "x-anthropic-billing-header"
 # nothing to verify: the value only says where the block is from.
 SIGNATURE = "Y29ydGV4"
 
-_STOP_REASONS = {
-    "stop": "end_turn",
-    "length": "max_tokens",
-    "tool_calls": "tool_use",
-    "content_filter": "refusal",
-}
+_STOP_REASONS = {"length": "max_tokens", "content_filter": "refusal"}
 
 
 def to_openai(request: Conversation, *, drop_billing_header: bool = True) -> ChatRequest:
@@ -74,8 +77,17 @@ def to_openai(request: Conversation, *, drop_billing_header: bool = True) -> Cha
         top_p=request.top_p,
         top_k=request.top_k,
         stop=request.stop_sequences,
+        response_format=_response_format(request),
         user=request.metadata.user_id if request.metadata else None,
     )
+
+
+def _response_format(request: MessagesRequest) -> ResponseFormat | None:
+    wanted = request.output_config.format if request.output_config else None
+    if wanted is None or wanted.type != "json_schema":
+        return None
+    schema = JsonSchemaFormat(name="answer", schema=wanted.schema)
+    return ResponseFormat(type="json_schema", json_schema=schema)
 
 
 def _messages(request: Conversation, drop_billing_header: bool) -> list[Message]:
@@ -157,13 +169,9 @@ def _tool_message(block: Block) -> tuple[Message, list[Part]]:
     """Return a tool result's message, and the images in it, which go into the user's turn."""
     if not block.tool_use_id:
         raise BadRequestError("a tool_result block needs a tool_use_id", param="tool_use_id")
-    images: list[Part] = []
-    if isinstance(block.content, list):
-        inner = [part for each in block.content for part in _user_parts(each)]
-        text = "\n".join(part.text for part in inner if isinstance(part, TextPart))
-        images = [part for part in inner if not isinstance(part, TextPart)]
-    else:
-        text = block.content or ""
+    inner = _content_parts(block.content)
+    text = "\n".join(part.text for part in inner if isinstance(part, TextPart))
+    images: list[Part] = [part for part in inner if not isinstance(part, TextPart)]
     if block.is_error:
         text = f"Error: {text}" if text else "Error"
     return Message(role="tool", tool_call_id=block.tool_use_id, content=text), images
@@ -171,34 +179,56 @@ def _tool_message(block: Block) -> tuple[Message, list[Part]]:
 
 def _user_parts(block: Block) -> list[Part]:
     """Return a block's content; a type that is not known counts by its text, if it has one."""
-    source = block.source
-    if block.type == "image" and source is not None:
-        url = source.url or f"data:{source.media_type or 'image/png'};base64,{source.data or ''}"
-        return [ImagePart(image_url=msgspec.Raw(msgspec.json.encode({"url": url})))]
-    if block.type == "document" and source is not None:
-        if source.type == "text":
-            title = f"{block.title}\n" if block.title else ""
-            return [TextPart(text=title + (source.data or ""))]
-        return [FilePart(file=msgspec.Raw(msgspec.json.encode({"filename": block.title})))]
+    if block.type == "image":
+        return [_image_part(block.source)]
+    if block.type == "document" and isinstance(block.source, Source):
+        return _document_parts(block.source, block.title)
     if block.text:
         return [TextPart(text=block.text)]
-    if isinstance(block.content, str):
-        return [TextPart(text=block.content)]
-    if block.content:
-        return [part for each in block.content for part in _user_parts(each)]
+    return _content_parts(block.content)
+
+
+def _content_parts(content: str | list[Block] | dict[str, Any] | None) -> list[Part]:
+    if isinstance(content, str):
+        return [TextPart(text=content)] if content else []
+    if isinstance(content, list):
+        return [part for each in content for part in _user_parts(each)]
     return []
 
 
+def _image_part(source: Source | str | None) -> ImagePart:
+    if not isinstance(source, Source) or not (source.url or source.data):
+        raise BadRequestError(
+            "an image needs a source with base64 data or a url; stored files are not available",
+            param="source",
+        )
+    url = source.url or f"data:{source.media_type or 'image/png'};base64,{source.data}"
+    return ImagePart(image_url={"url": url})
+
+
+def _document_parts(source: Source, title: str | None) -> list[Part]:
+    """Return a document's text under its title; one that is no text goes on as a file."""
+    if source.type == "text":
+        parts = _content_parts(source.data)
+    elif source.type == "content":
+        parts = _content_parts(source.content)
+    else:
+        return [FilePart(file={"filename": title})]
+    return [TextPart(text=title), *parts] if title else parts
+
+
 def _tools(request: Conversation) -> list[Tool]:
-    """Return the callable tools; those of the vendor's own servers have no schema and are none."""
+    """Return the tools that a model here can be told of; the vendor's own have no schema."""
     return [
         Tool(
             function=FunctionDef(
-                name=tool.name, description=tool.description, parameters=tool.input_schema
+                name=tool.name,
+                description=tool.description,
+                parameters=tool.input_schema or {"type": "object"},
             )
         )
         for tool in request.tools or []
-        if tool.input_schema is not None
+        if tool.name is not None and (tool.input_schema or tool.type in (None, "custom"))
     ]
 
 
@@ -231,6 +261,8 @@ def from_openai(completion: ChatCompletion, model: str) -> MessageResponse:
     choice = completion.choices[0]
     message = choice.message
     content: list[Any] = []
+    # Other engines put the id of a stop token into the same field.
+    stop_string = choice.stop_reason if isinstance(choice.stop_reason, str) else None
     thought = message.reasoning_content or message.reasoning
     if thought:
         content.append(anthropic.ThinkingBlock(thinking=thought, signature=SIGNATURE))
@@ -248,8 +280,10 @@ def from_openai(completion: ChatCompletion, model: str) -> MessageResponse:
         id=message_id(completion.id),
         model=model,
         content=content,
-        stop_reason=stop_reason(choice.finish_reason, choice.stop_reason),
-        stop_sequence=choice.stop_reason,
+        stop_reason=stop_reason(
+            choice.finish_reason, stop_string, has_calls=bool(message.tool_calls)
+        ),
+        stop_sequence=stop_string,
         usage=usage_of(completion.usage),
     )
 
@@ -259,11 +293,14 @@ def message_id(completion_id: str) -> str:
     return "msg_" + (completion_id.removeprefix("chatcmpl-") or uuid.uuid4().hex)
 
 
-def stop_reason(finish_reason: str | None, stop_string: str | None) -> str:
-    """Return the dialect's word for why an answer ended."""
+def stop_reason(finish_reason: str | None, stop_string: str | None, *, has_calls: bool) -> str:
+    """Return the dialect's word for why an answer ended.
+
+    What was called counts more than the source's word: a forced call ends with `stop` there.
+    """
     if stop_string is not None:
         return "stop_sequence"
-    return _STOP_REASONS.get(finish_reason or "stop", "end_turn")
+    return _STOP_REASONS.get(finish_reason or "", "tool_use" if has_calls else "end_turn")
 
 
 def usage_of(usage: Usage | None) -> anthropic.Usage:
@@ -272,6 +309,7 @@ def usage_of(usage: Usage | None) -> anthropic.Usage:
         return anthropic.Usage()
     details = usage.prompt_tokens_details
     cached = (details.cached_tokens or 0) if details is not None else 0
+    cached = min(cached, usage.prompt_tokens)
     return anthropic.Usage(
         input_tokens=usage.prompt_tokens - cached,
         output_tokens=usage.completion_tokens,

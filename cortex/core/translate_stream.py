@@ -2,51 +2,111 @@
 
 The grammar of the result: message_start; any number of blocks, each of start, deltas and stop,
 one after the other; message_delta; message_stop. Blocks cannot overlap, while the calls of an
-OpenAI stream may: so the first tool call is relayed as it comes, and whatever begins after it
-waits in memory until the end.
+OpenAI stream may: so blocks stand in a queue, the first is relayed as it comes, and the next one
+has its turn as soon as the first is known to be complete: a text when something else follows,
+a call when its arguments are a whole JSON object.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
 
-from cortex.core import anthropic
+from cortex.core import anthropic, errors
 from cortex.core.errors import CortexError, RemoteError, UpstreamMalformedError
-from cortex.core.openai import ChatCompletionChunk, ChunkChoice, ToolCallDelta, parse_error
+from cortex.core.openai import MAX_TOOLS, FunctionDelta, Usage, parse_error
 from cortex.core.sse import SseEvent, SseSplitter
 from cortex.core.translate import SIGNATURE, message_id, new_tool_id, stop_reason, usage_of
 
-MAX_WAITING_CHARS = 16 << 20
+# Of arguments, and of what waits for its turn, in one stream.
+MAX_HELD_CHARS = 16 << 20
+MAX_CALLS = MAX_TOOLS
 
 BlockKind = Literal["thinking", "text", "tool_use"]
-
-_chunk_decoder = msgspec.json.Decoder(ChatCompletionChunk)
-_encode = msgspec.json.Encoder().encode
 
 _DELTA = {
     "thinking": b'{"type":"thinking_delta","thinking":',
     "text": b'{"type":"text_delta","text":',
     "tool_use": b'{"type":"input_json_delta","partial_json":',
 }
+_STATUS_BY_CODE = {
+    cls.code: cls.status
+    for cls in vars(errors).values()
+    if isinstance(cls, type) and issubclass(cls, CortexError)
+}
+_STATUS_BY_KIND = {"invalid_request_error": 400, "rate_limit_error": 429, "overloaded_error": 503}
+
+
+# The few fields of a chunk that count here, read leniently: this runs once per token, and other
+# engines send null, or nothing, where ours sends a value.
+
+
+class _Call(msgspec.Struct, kw_only=True, frozen=True, gc=False):
+    index: int | None = None
+    id: str | None = None
+    function: FunctionDelta | None = None
+
+
+class _Delta(msgspec.Struct, kw_only=True, frozen=True):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[_Call] | None = None
+
+
+class _Choice(msgspec.Struct, kw_only=True, frozen=True):
+    index: int | None = 0
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+class _Chunk(msgspec.Struct, kw_only=True, frozen=True):
+    id: str | None = None
+    choices: list[_Choice]
+    usage: Usage | None = None
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_encode = msgspec.json.Encoder().encode
+_NOT_DECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 @dataclass(slots=True, kw_only=True)
 class _Block:
-    """A content block that is open, or waits for its turn."""
+    """A content block that waits for its turn, is open, or is over.
+
+    `pieces` are what a waiting block has to say, and all arguments of a call.
+    """
 
     kind: BlockKind
-    tool_index: int | None = None
-    tool_id: str | None = None
+    state: Literal["waiting", "open", "over"] = "waiting"
+    call_idx: int | None = None
+    call_id: str | None = None
     name: str = ""
     pieces: list[str] = field(default_factory=list)
+
+    def may_end(self) -> bool:
+        """Whether something else may follow: a call has to be complete for that."""
+        if self.kind != "tool_use":
+            return True
+        if not self.pieces or not self.pieces[-1].rstrip().endswith("}"):
+            return False
+        try:
+            _decode_fields("".join(self.pieces))
+        except _NOT_DECODABLE:
+            return False
+        return True
 
 
 class StreamTranslator:
     """Turns the bytes of one OpenAI stream into those of one Anthropic stream.
 
     Call `feed` with what arrives, `end` after the source's end, or `fail` when it broke; after
-    the first `fail` or the end of the message nothing more comes out.
+    the first `fail` or the end of the message nothing more comes out. `start` is for a caller
+    who wants the message to begin before the source has said anything.
 
     Args:
         model: the name the caller asked for.
@@ -57,33 +117,59 @@ class StreamTranslator:
         self._splitter = SseSplitter()
         self._started = False
         self._closed = False
+        self._fault: UpstreamMalformedError | None = None
         self._next_index = 0
-        self._open: _Block | None = None
-        self._waiting: list[_Block] = []
-        self._num_waiting_chars = 0
+        self._queue: deque[_Block] = deque()
+        self._calls: list[_Block] = []
+        self._sent_ids: set[str] = set()
+        self._num_held_chars = 0
         self._finish: str | None = None
         self._stop_string: str | None = None
         self._usage = anthropic.Usage()
+
+    def start(self, *, input_tokens: int = 0) -> bytes:
+        """Return message_start, if it has not gone out yet.
+
+        Args:
+            input_tokens: an estimate; the source's own count replaces it at the end.
+        """
+        if self._started or self._closed:
+            return b""
+        self._usage = anthropic.Usage(input_tokens=input_tokens)
+        return self._start("")
 
     def feed(self, data: bytes) -> bytes:
         """Return the events that arrived bytes become; often none.
 
         Raises:
-            UpstreamMalformedError: they are not an OpenAI chunk stream.
+            UpstreamMalformedError: they are not an OpenAI chunk stream. What was good before the
+                fault comes out first; the error is then raised by the next call.
         """
+        if self._closed:
+            return b""
+        if self._fault is not None:
+            raise self._fault
         out: list[bytes] = []
-        for event in self._splitter.feed(data):
-            if self._closed:
-                break
-            self._translate(event, out)
+        try:
+            for event in self._splitter.feed(data):
+                self._translate(event, out)
+        except UpstreamMalformedError as exc:
+            if not out:
+                raise
+            self._fault = exc
         return b"".join(out)
 
     def end(self) -> bytes:
         """Return the stream's last events; an error if its source stopped before it was done."""
         if self._closed:
             return b""
-        if self._finish is None:
-            return self.fail(UpstreamMalformedError("the answer stopped before it was complete"))
+        fault = self._fault
+        if fault is None and self._finish is None:
+            fault = UpstreamMalformedError("the answer stopped before it was complete")
+        elif fault is None and not all(block.name for block in self._calls):
+            fault = UpstreamMalformedError("the answer has a tool call without a name")
+        if fault is not None:
+            return self.fail(fault)
         out: list[bytes] = []
         self._close(out)
         return b"".join(out)
@@ -96,105 +182,142 @@ class StreamTranslator:
         return anthropic.error_event(exc)
 
     def _translate(self, event: SseEvent, out: list[bytes]) -> None:
+        if self._closed:
+            return
         if event.is_comment:
             out.append(anthropic.PING)
-        elif event.data == b"[DONE]":
+            return
+        if event.data == b"[DONE]":
             out.append(self.end())
-        elif event.data.startswith(b'{"error"'):
-            out.append(self.fail(_upstream_error(event.data)))
-        else:
-            try:
-                chunk = _chunk_decoder.decode(event.data)
-            except (msgspec.DecodeError, RecursionError) as exc:
+            return
+        try:
+            chunk = _decode_chunk(event.data)
+        except _NOT_DECODABLE as exc:
+            error = _told_error(event)
+            if error is None:
                 raise UpstreamMalformedError(f"an event is not a chat chunk: {exc}") from exc
-            self._take(chunk, out)
-
-    def _take(self, chunk: ChatCompletionChunk, out: list[bytes]) -> None:
+            out.append(self.fail(error))
+            return
         if chunk.usage is not None:
             self._usage = usage_of(chunk.usage)
         if not self._started:
-            self._start(chunk, out)
+            out.append(self._start(chunk.id or ""))
         for choice in chunk.choices:
-            if choice.index == 0:
-                self._take_choice(choice, out)
+            if not choice.index:
+                self._take(choice, out)
 
-    def _take_choice(self, choice: ChunkChoice, out: list[bytes]) -> None:
+    def _take(self, choice: _Choice, out: list[bytes]) -> None:
         delta = choice.delta
-        thought = delta.reasoning_content or delta.reasoning
-        if thought:
-            self._add_text("thinking", thought, out)
-        if delta.content:
-            self._add_text("text", delta.content, out)
-        for call in delta.tool_calls or ():
-            self._add_call(call, out)
+        if delta is not None:
+            thought = delta.reasoning_content or delta.reasoning
+            if thought:
+                self._add_text("thinking", thought, out)
+            if delta.content:
+                self._add_text("text", delta.content, out)
+            for call in delta.tool_calls or ():
+                self._add_call(call, out)
         if choice.finish_reason is not None:
             self._finish = choice.finish_reason
-            self._stop_string = choice.stop_reason
+            # Other engines put the id of a stop token into the same field.
+            if isinstance(choice.stop_reason, str):
+                self._stop_string = choice.stop_reason
 
     def _add_text(self, kind: BlockKind, text: str, out: list[bytes]) -> None:
-        current = self._open
-        if self._waiting or (current is not None and current.kind == "tool_use"):
-            if not self._waiting or self._waiting[-1].kind != kind:
-                self._waiting.append(_Block(kind=kind))
-            self._hold(self._waiting[-1], text)
-            return
-        if current is None or current.kind != kind:
-            self._stop_block(out)
-            self._start_block(_Block(kind=kind), out)
-        self._delta(kind, text, out)
+        block = self._queue[-1] if self._queue else None
+        if block is None or block.kind != kind:
+            block = _Block(kind=kind)
+            self._queue.append(block)
+            self._advance(out)
+        self._add(block, text, out)
 
-    def _add_call(self, call: ToolCallDelta, out: list[bytes]) -> None:
+    def _add_call(self, call: _Call, out: list[bytes]) -> None:
         name = (call.function.name if call.function else None) or ""
         arguments = (call.function.arguments if call.function else None) or ""
-        current = self._open
-        if current is not None and current.tool_index == call.index:
-            if arguments:
-                self._delta("tool_use", arguments, out)
+        block = self._call_of(call, name)
+        if block is None:
+            if len(self._calls) == MAX_CALLS:
+                raise UpstreamMalformedError(f"the answer has over {MAX_CALLS} tool calls")
+            block = _Block(kind="tool_use", call_idx=call.index)
+            self._calls.append(block)
+            self._queue.append(block)
+        block.name = block.name or name
+        block.call_id = block.call_id or call.id
+        if block.state == "waiting":
+            self._advance(out)
+        if not arguments:
             return
-        for block in self._waiting:
-            if block.tool_index == call.index:
-                block.name = block.name or name
-                block.tool_id = block.tool_id or call.id
-                self._hold(block, arguments)
-                return
-        block = _Block(kind="tool_use", tool_index=call.index, tool_id=call.id, name=name)
-        if self._waiting or not name or (current is not None and current.kind == "tool_use"):
-            self._waiting.append(block)
-            self._hold(block, arguments)
+        if block.state == "over":
+            if arguments.strip():
+                raise UpstreamMalformedError(f"the call of '{block.name}' goes on after its end")
             return
-        self._stop_block(out)
-        self._start_block(block, out)
-        if arguments:
-            self._delta("tool_use", arguments, out)
+        self._add(block, arguments, out)
+        if len(self._queue) > 1:
+            self._advance(out)
 
-    def _hold(self, block: _Block, text: str) -> None:
-        self._num_waiting_chars += len(text)
-        if self._num_waiting_chars > MAX_WAITING_CHARS:
-            raise UpstreamMalformedError("the answer's later blocks are too large to hold back")
+    def _call_of(self, call: _Call, name: str) -> _Block | None:
+        """Return the call that a fragment belongs to, None if it begins one.
+
+        Some engines give every call the same index, or none: then a second name begins a call.
+        """
+        for block in reversed(self._calls):
+            if call.index is not None and block.call_idx != call.index:
+                continue
+            is_other_id = bool(call.id and block.call_id and call.id != block.call_id)
+            is_unnumbered = call.index is None and (not call.id or not block.call_id)
+            begins = bool(name and block.name) and (is_other_id or is_unnumbered)
+            return None if begins else block
+        return None
+
+    def _add(self, block: _Block, text: str, out: list[bytes]) -> None:
+        """Relay a piece of an open block, hold one of a waiting block."""
+        if block.state == "open":
+            self._delta(block.kind, text, out)
+            if block.kind != "tool_use":
+                return
+        self._num_held_chars += len(text)
+        if self._num_held_chars > MAX_HELD_CHARS:
+            raise UpstreamMalformedError("the answer's tool calls are too large to hold")
         block.pieces.append(text)
 
-    def _start(self, chunk: ChatCompletionChunk, out: list[bytes]) -> None:
+    def _advance(self, out: list[bytes]) -> None:
+        """Open the queue's first block, and end it if it is complete and another one waits."""
+        while self._queue:
+            block = self._queue[0]
+            if block.state == "waiting":
+                if block.kind == "tool_use" and not block.name:
+                    return
+                self._open_block(block, out)
+            if len(self._queue) == 1 or not block.may_end():
+                return
+            self._stop_block(out)
+
+    def _start(self, completion_id: str) -> bytes:
         self._started = True
         message = anthropic.MessageResponse(
-            id=message_id(chunk.id), model=self._model, content=[], usage=self._usage
+            id=message_id(completion_id), model=self._model, content=[], usage=self._usage
         )
-        out.append(_event(b"message_start", anthropic.MessageStart(message=message)))
+        return _event(b"message_start", anthropic.MessageStart(message=message))
 
-    def _start_block(self, block: _Block, out: list[bytes]) -> None:
+    def _open_block(self, block: _Block, out: list[bytes]) -> None:
+        """Send a block's start, and what it has to say so far."""
         content: object
         if block.kind == "thinking":
             content = anthropic.ThinkingBlock(thinking="", signature="")
         elif block.kind == "text":
             content = anthropic.TextBlock(text="")
         else:
-            content = anthropic.ToolUseBlock(
-                id=block.tool_id or new_tool_id(), name=block.name, input={}
-            )
-        self._open = block
+            tool_id = block.call_id
+            if not tool_id or tool_id in self._sent_ids:
+                tool_id = new_tool_id()
+            self._sent_ids.add(tool_id)
+            content = anthropic.ToolUseBlock(id=tool_id, name=block.name, input={})
+        block.state = "open"
         out.append(
             b'event: content_block_start\ndata: {"type":"content_block_start","index":%d,'
             b'"content_block":%b}\n\n' % (self._next_index, _encode(content))
         )
+        if block.pieces:
+            self._delta(block.kind, "".join(block.pieces), out)
 
     def _delta(self, kind: BlockKind, text: str, out: list[bytes]) -> None:
         self._raw_delta(_DELTA[kind] + _encode(text) + b"}", out)
@@ -206,32 +329,28 @@ class StreamTranslator:
         )
 
     def _stop_block(self, out: list[bytes]) -> None:
-        if self._open is None:
-            return
-        if self._open.kind == "thinking":
+        """End the queue's first block, which is open."""
+        block = self._queue.popleft()
+        block.state = "over"
+        block.pieces.clear()
+        if block.kind == "thinking":
             signature = b'{"type":"signature_delta","signature":%b}' % _encode(SIGNATURE)
             self._raw_delta(signature, out)
         out.append(
             b'event: content_block_stop\ndata: {"type":"content_block_stop","index":%d}\n\n'
             % self._next_index
         )
-        self._open = None
         self._next_index += 1
 
     def _close(self, out: list[bytes]) -> None:
         """Let what waits come out, then end the message."""
-        self._stop_block(out)
-        for block in self._waiting:
-            if block.kind == "tool_use" and not block.name:
-                raise UpstreamMalformedError("the answer has a tool call without a name")
-            self._start_block(block, out)
-            text = "".join(block.pieces)
-            if text:
-                self._delta(block.kind, text, out)
+        while self._queue:
+            if self._queue[0].state == "waiting":
+                self._open_block(self._queue[0], out)
             self._stop_block(out)
         self._closed = True
         delta = anthropic.StopDelta(
-            stop_reason=stop_reason(self._finish, self._stop_string),
+            stop_reason=stop_reason(self._finish, self._stop_string, has_calls=bool(self._calls)),
             stop_sequence=self._stop_string,
         )
         out.append(_event(b"message_delta", anthropic.MessageDelta(delta=delta, usage=self._usage)))
@@ -242,6 +361,14 @@ def _event(name: bytes, data: msgspec.Struct) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (name, _encode(data))
 
 
-def _upstream_error(data: bytes) -> RemoteError:
-    """Return the error that an event in the middle of a stream tells of."""
-    return parse_error(502, data)
+def _told_error(event: SseEvent) -> RemoteError | None:
+    """Return the error that an event in the middle of a stream tells of, if it tells of one."""
+    try:
+        fields = _decode_fields(event.data)
+    except _NOT_DECODABLE:
+        fields = {}
+    if event.name != b"error" and "error" not in fields:
+        return None
+    error = parse_error(502, event.data)
+    status = _STATUS_BY_CODE.get(error.code) or _STATUS_BY_KIND.get(error.kind, 502)
+    return parse_error(status, event.data)

@@ -57,6 +57,7 @@ async def open_app(
     )
     await asyncio.to_thread(library.scan)
     metrics = Metrics()
+    hub = Hub(cache_dir=torch.hf_cache)
     cache_dir = Path(config.state_dir or user_cache_dir()) / "tokenizers"
     open_chat = partial(
         _open_chat, cache_dir=cache_dir, default_max_tokens=torch.default_max_tokens
@@ -64,7 +65,7 @@ async def open_app(
     lifecycle = Lifecycle(
         config=torch,
         library=library,
-        hub=Hub(cache_dir=torch.hf_cache),
+        hub=hub,
         monitor=monitor,
         metrics=metrics,
         engine_command=engine_command,
@@ -109,6 +110,7 @@ async def open_app(
                     task.cancel()
     finally:
         inference.close()
+        hub.close()
         monitor.close()
 
 

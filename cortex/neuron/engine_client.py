@@ -381,12 +381,14 @@ class EngineClient:
                 size = int.from_bytes(head, "little")
                 if size > MAX_FRAME_BYTES:
                     _logger.error("engine sent an oversized frame", extra=self._fields())
+                    self._signal(signal.SIGKILL)
                     break
                 self._take(EVENTS.decode(await self._reader.readexactly(size)))
         except (asyncio.IncompleteReadError, OSError):
             pass
         except msgspec.DecodeError:
             _logger.exception("engine sent a frame that is none", extra=self._fields())
+            self._signal(signal.SIGKILL)
         # Whoever waits for tokens need not wait for the process to be reaped.
         self._fail_all()
         try:

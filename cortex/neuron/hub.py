@@ -1,14 +1,15 @@
 """Checkpoints from the Hugging Face hub, downloaded once into its cache.
 
-The library blocks and cannot be interrupted, so each download runs in a thread of its own that
-gives up at its next piece of data once nobody wants it any more. Offline (`HF_HUB_OFFLINE`, or
-no network) what the cache holds complete is served.
+The library blocks and cannot be interrupted, so a download runs in a thread that gives up at
+its next piece of data once nobody wants it any more. Offline (`HF_HUB_OFFLINE`, or no network)
+what the cache holds complete is served.
 """
 
 import asyncio
 import re
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ from cortex.core.errors import (
 
 FIRST_RETRY_S = 10.0
 MAX_RETRY_S = 300.0
+# Repositories fetched at the same time; more wait for their turn.
+MAX_DOWNLOADS = 4
+# What the library raises: its own errors, those of its HTTP client and of the disk, and
+# RuntimeError from its transfer extension.
+_LIBRARY_ERRORS = (
+    # Of whichever HTTP client it uses.
+    hub_errors.HTTPError,  # type: ignore[attr-defined]
+    OSError,
+    ValueError,
+    RuntimeError,
+)
 # Files beside each other at the top of a repository; other formats are left where they are.
 _ALLOWED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
 _IGNORED = ["*/*", "onnx*"]
@@ -89,6 +101,7 @@ class Hub:
     def __init__(self, *, cache_dir: str | None, snapshot: Snapshot = _snapshot_download) -> None:
         self._cache_dir = cache_dir
         self._snapshot = snapshot
+        self._threads = ThreadPoolExecutor(MAX_DOWNLOADS, thread_name_prefix="hub")
 
     async def fetch(self, repo_id: str, *, on_bytes: OnBytes) -> Path:
         """Return the directory of a repository's checkpoint, downloading what is missing.
@@ -103,7 +116,6 @@ class Hub:
             LoadFailedError: the disk is full or not writable.
         """
         loop = asyncio.get_running_loop()
-        outcome: asyncio.Future[Path] = loop.create_future()
         is_cancelled = threading.Event()
 
         def report(done: int, total: int) -> None:
@@ -111,33 +123,16 @@ class Hub:
                 raise _CancelledError
             loop.call_soon_threadsafe(on_bytes, done, total)
 
-        def settle(path: Path | None, error: Exception | None) -> None:
-            if outcome.done():
-                return
-            if error is not None:
-                outcome.set_exception(error)
-            elif path is not None:
-                outcome.set_result(path)
-
-        def run() -> None:
-            path: Path | None = None
-            error: Exception | None = None
-            try:
-                path = self._download(repo_id, report)
-            except _CancelledError:
-                return
-            except CortexError as exc:
-                error = exc
-            except Exception as exc:  # noqa: BLE001  the thread's outermost frame: told to the load
-                error = _mapped(repo_id, exc)
-            if not is_cancelled.is_set():
-                loop.call_soon_threadsafe(settle, path, error)
-
-        threading.Thread(target=run, name=f"hub {repo_id}", daemon=True).start()
         try:
-            return await outcome
+            return await loop.run_in_executor(self._threads, self._download, repo_id, report)
+        except _LIBRARY_ERRORS as exc:
+            raise _mapped(repo_id, exc) from exc
         finally:
             is_cancelled.set()
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _download(self, repo_id: str, report: OnBytes) -> Path:
         path = Path(

@@ -68,6 +68,7 @@ class Library:
         self._read_facts = read_facts
         self._entries: dict[str, Entry] = {}
         self._described: dict[tuple[str, str, int, int], Entry] = {}
+        self._turns: dict[tuple[str, str, int, int], threading.Lock] = {}
         self._scanned_s: float | None = None
         self._lock = threading.Lock()
 
@@ -117,24 +118,34 @@ class Library:
                 self.describe(entry)
 
     def describe(self, entry: Entry) -> Entry:
-        """Return an entry with its facts, or with the error that stood in the way."""
+        """Return an entry with its facts, or with the error that stood in the way.
+
+        Threads that ask for the same checkpoint at once read it once.
+        """
         if entry.facts is not None:
             return entry
         signature = _signature(entry)
-        facts: ModelFacts | None = None
-        error: CheckpointError | None = None
-        try:
-            facts = self._read_facts(entry.source)
-        except CheckpointError as exc:
-            error = exc
-        described = replace(entry, facts=facts, error=error)
         with self._lock:
-            listed = self._entries.get(entry.id)
-            # A hub snapshot is not listed; its facts are the loaded model's.
-            if listed is not None and listed.source == entry.source:
-                self._described[signature] = described
-                self._entries = {**self._entries, entry.id: described}
-        return described
+            turn = self._turns.setdefault(signature, threading.Lock())
+        with turn:
+            known = self._described.get(signature)
+            if known is not None:
+                return known
+            described = self._read(entry)
+            with self._lock:
+                self._turns.pop(signature, None)
+                listed = self._entries.get(entry.id)
+                # A hub snapshot is not listed; its facts are the loaded model's.
+                if listed is not None and listed.source == entry.source:
+                    self._described[signature] = described
+                    self._entries = {**self._entries, entry.id: described}
+            return described
+
+    def _read(self, entry: Entry) -> Entry:
+        try:
+            return replace(entry, facts=self._read_facts(entry.source))
+        except CheckpointError as exc:
+            return replace(entry, error=exc)
 
     def _candidates(self) -> Iterator[Entry]:
         if self._bundled is not None:

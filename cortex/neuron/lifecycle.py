@@ -9,8 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, TypeVarTuple
 
 from cortex.core.config import TorchHarness
@@ -20,14 +19,9 @@ from cortex.core.errors import (
     CortexError,
     EngineDiedError,
     InsufficientMemoryError,
-    InternalError,
     LoadFailedError,
-    ModelLoadingError,
     ModelNotFoundError,
-    ModelRecoveringError,
-    ServiceUnavailableError,
     ShuttingDownError,
-    UnsupportedFieldError,
 )
 from cortex.core.neuron_api import LoadRequest
 from cortex.neuron.admission import Admission
@@ -48,10 +42,20 @@ from cortex.neuron.residency import (
     EngineReady,
     Happening,
     LoadAsked,
-    Residency,
     UnloadAsked,
     decide,
-    retry_after_s,
+)
+from cortex.neuron.resident import (
+    LOADING_RETRY_S,
+    Model,
+    ModelNotLoadedError,
+    Serving,
+    check_options,
+    check_quant,
+    failed_error,
+    loading_error,
+    recovering_error,
+    unloading_error,
 )
 from cortex.neuron.scope import task_scope
 
@@ -66,68 +70,11 @@ STALL_S = 300.0
 STALL_CHECK_S = 10.0
 # Failed models and load times that are remembered.
 MAX_REMEMBERED = 256
-HARNESSES = ("torch", "candle")
-LOADING_RETRY_S = 5.0
-RECOVERING_RETRY_S = 2.0
 
 OpenChat = Callable[[Entry], ChatModel]
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 _logger = logging.getLogger(__name__)
-
-
-class ModelNotLoadedError(ServiceUnavailableError):
-    """The model could be served here but is not in memory."""
-
-    code = "model_not_loaded"
-
-
-class UnloadedError(ServiceUnavailableError):
-    """The model is being unloaded."""
-
-    code = "model_unloading"
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Model:
-    """One model that is, was or will be in memory; only the lifecycle changes it.
-
-    Attributes:
-        chat: what turns messages into tokens and back; set once it is loaded.
-        claim: the memory it is promised, None if it holds none.
-        wake: set when the supervising task has something to look at.
-        ended: set while no task supervises the model.
-    """
-
-    id: str
-    state: Residency = field(default_factory=Residency)
-    job: Job | None = None
-    entry: Entry | None = None
-    chat: ChatModel | None = None
-    engine: EngineClient | None = None
-    loaded: Loaded | None = None
-    admission: Admission | None = None
-    claim: Claim | None = None
-    last_used_s: float | None = None
-    task: asyncio.Task[None] | None = None
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def in_flight(self) -> int:
-        """Sequences in the engine."""
-        return 0 if self.admission is None else self.admission.in_flight
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Serving:
-    """What a request needs of a loaded model."""
-
-    model_id: str
-    chat: ChatModel
-    engine: EngineClient
-    admission: Admission
-    loaded: Loaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,13 +185,13 @@ class Lifecycle:
                     loaded=model.loaded,
                 )
             case "loading":
-                raise _loading(model)
+                raise loading_error(model)
             case "recovering":
-                raise _recovering(model)
+                raise recovering_error(model)
             case "draining":
-                raise _unloading(model)
+                raise unloading_error(model)
             case "failed":
-                raise _failed(model, self._clock())
+                raise failed_error(model, self._clock())
             case "unloaded":
                 raise self._not_resident(model_id)
 
@@ -257,7 +204,7 @@ class Lifecycle:
             LoadFailedError: the last attempt has just failed; the message has the cause.
             ShuttingDownError: the process is ending.
         """
-        _check_options(request)
+        check_options(request)
         await self._refresh_for(request.model_id)
         if request.source is not None:
             parse_source(request.source)
@@ -272,7 +219,7 @@ class Lifecycle:
                 await model.ended.wait()
                 continue
             if Effect.REFUSE in effects:
-                raise _failed(model, self._clock())
+                raise failed_error(model, self._clock())
             if Effect.START in effects:
                 self._start(model, request)
             assert model.job is not None
@@ -369,7 +316,7 @@ class Lifecycle:
         """Find the checkpoint, make room and choose the device."""
         assert model.job is not None
         model.entry = await self._locate(model.id, request, model.job)
-        _check_quant(request, model.entry.source)
+        check_quant(request, model.entry.source)
         await self._evict(model.id, request.evict, model.job)
         placement = await self._place(model, model.entry, request)
         config = self._config
@@ -479,9 +426,9 @@ class Lifecycle:
         )
         if Effect.CLOSE in decision.effects and model.admission is not None:
             if model.state.status == "recovering":
-                model.admission.close(_recovering(model))
+                model.admission.close(recovering_error(model))
             else:
-                model.admission.close(_failed(model, self._clock()))
+                model.admission.close(failed_error(model, self._clock()))
         if Effect.FAIL in decision.effects and model.job is not None:
             model.job.fail(lost.error)
         if Effect.RESTART in decision.effects:
@@ -509,7 +456,7 @@ class Lifecycle:
     async def _drain(self, model: Model, engine: EngineClient) -> None:
         assert model.admission is not None
         _logger.info("draining", extra={"model": model.id, "in_flight": model.in_flight})
-        model.admission.close(_unloading(model))
+        model.admission.close(unloading_error(model))
         try:
             async with asyncio.timeout(self._config.drain_s):
                 await model.admission.wait_idle()
@@ -654,70 +601,3 @@ class Lifecycle:
             await self.unload(model_id)
         except ModelNotFoundError:
             return
-
-
-def _check_options(request: LoadRequest) -> None:
-    if request.harness is not None and request.harness not in HARNESSES:
-        raise UnsupportedFieldError(
-            f"harness '{request.harness}' is not known here; use torch", param="harness"
-        )
-    if (request.tensor_parallel or 1) != 1:
-        raise UnsupportedFieldError(
-            "tensor parallelism is not supported; a model runs on one device",
-            param="tensor_parallel",
-        )
-    if request.max_model_len is not None and request.max_model_len < 1:
-        raise BadRequestError("max_model_len must be at least 1", param="max_model_len")
-
-
-def _check_quant(request: LoadRequest, source: ModelSource) -> None:
-    quant = request.quant
-    if quant is not None and quant.lower() not in Path(source.path).name.lower():
-        raise UnsupportedFieldError(
-            f"quant '{quant}': weights are served as they are stored; name a GGUF file of that "
-            "kind, or leave quant out",
-            param="quant",
-        )
-
-
-def _loading(model: Model) -> ModelLoadingError:
-    progress = None if model.job is None else model.job.progress
-    left_s = LOADING_RETRY_S if progress is None else progress.seconds_left or LOADING_RETRY_S
-    extras: dict[str, object] = {}
-    if progress is not None:
-        extras["progress"] = {
-            "phase": progress.phase,
-            "bytes_done": progress.bytes_done,
-            "bytes_total": progress.bytes_total,
-            "seconds_left": progress.seconds_left,
-        }
-    return ModelLoadingError(
-        f"model '{model.id}' is still loading",
-        param="model",
-        retry_after_s=min(max(left_s, 1.0), 60.0),
-        extras=extras,
-    )
-
-
-def _recovering(model: Model) -> ModelRecoveringError:
-    return ModelRecoveringError(
-        f"the engine of model '{model.id}' ended unexpectedly and is being restarted",
-        param="model",
-        retry_after_s=RECOVERING_RETRY_S,
-    )
-
-
-def _unloading(model: Model) -> UnloadedError:
-    return UnloadedError(
-        f"model '{model.id}' is being unloaded", param="model", retry_after_s=LOADING_RETRY_S
-    )
-
-
-def _failed(model: Model, now_s: float) -> CortexError:
-    error = model.state.error or InternalError("unknown cause")
-    wait_s = retry_after_s(model.state, now_s)
-    if error.status < 500:
-        # The caller's or the operator's to mend: it keeps its own status.
-        error.retry_after_s = None
-        return error
-    return LoadFailedError(error.message, param="model", retry_after_s=wait_s)

@@ -7,15 +7,14 @@ from contextlib import asynccontextmanager
 
 @asynccontextmanager
 async def task_scope() -> AsyncIterator[asyncio.TaskGroup]:
-    """Yield a task group; an error of the body comes out as itself and not in a group.
+    """Yield a task group; a single error, of the body or a task, comes out as itself.
 
     The body ends or cancels what it started: leaving only waits for it.
     """
-    failure: Exception | None = None
-    async with asyncio.TaskGroup() as tasks:
-        try:
+    try:
+        async with asyncio.TaskGroup() as tasks:
             yield tasks
-        except Exception as exc:  # noqa: BLE001  raised again below, outside the group
-            failure = exc
-    if failure is not None:
-        raise failure
+    except ExceptionGroup as group:
+        if len(group.exceptions) > 1:
+            raise
+        raise group.exceptions[0] from None

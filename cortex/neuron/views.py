@@ -16,8 +16,9 @@ from cortex.neuron.chat.model import ChatModel
 from cortex.neuron.devices import HOST
 from cortex.neuron.discovery import Monitor, describe_host
 from cortex.neuron.library import Entry
-from cortex.neuron.lifecycle import Lifecycle, Model
+from cortex.neuron.lifecycle import Lifecycle
 from cortex.neuron.metrics import GaugeSnapshot
+from cortex.neuron.resident import Model
 
 HARNESS = "torch"
 MIB = 1 << 20

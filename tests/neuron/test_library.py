@@ -1,3 +1,6 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import gguf
 import pytest
 
@@ -127,6 +130,28 @@ def test_facts_are_read_once_and_again_when_the_checkpoint_changes(tmp_path):
     library.scan()
     library.describe_all()
     assert library.find("m").facts.num_parameters == 7
+
+
+def test_threads_that_want_the_same_facts_read_them_once(tmp_path):
+    add_model(tmp_path, "m")
+    read, reading, go_on = [], threading.Event(), threading.Event()
+
+    def slow(source):
+        read.append(source)
+        reading.set()
+        go_on.wait(10)
+        return read_facts(source)
+
+    library = make(tmp_path, read_facts=slow)
+    library.scan()
+    entry = library.find("m")
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(library.describe, entry)
+        reading.wait(10)
+        second = threads.submit(library.describe, entry)
+        go_on.set()
+        assert first.result().facts == second.result().facts
+    assert len(read) == 1
 
 
 def test_a_checkpoint_that_cannot_be_read_is_listed_with_its_error(tmp_path):

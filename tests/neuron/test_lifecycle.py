@@ -28,8 +28,9 @@ from cortex.neuron.discovery import Monitor
 from cortex.neuron.engine.protocol import Submit
 from cortex.neuron.hub import Hub, HubUnreachableError
 from cortex.neuron.library import Library
-from cortex.neuron.lifecycle import Lifecycle, ModelNotLoadedError, UnloadedError
+from cortex.neuron.lifecycle import Lifecycle
 from cortex.neuron.metrics import Metrics
+from cortex.neuron.resident import ModelNotLoadedError, UnloadedError
 from tests.support.fake_engine import COMMAND, starts, write_script
 from tests.support.neuron_fakes import (
     HOST,
