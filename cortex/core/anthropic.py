@@ -237,6 +237,9 @@ class ModelInfo(msgspec.Struct, kw_only=True, frozen=True):
     id: str
     display_name: str
     created_at: str
+    lifecycle: Literal["active"] = "active"
+    max_input_tokens: int | None = None
+    max_tokens: int | None = None
 
 
 class ModelPage(msgspec.Struct, kw_only=True, frozen=True):
@@ -252,7 +255,11 @@ def model_info(card: ModelCard) -> ModelInfo:
     """Return a model's entry in this dialect."""
     created = datetime.datetime.fromtimestamp(card.created, datetime.UTC)
     return ModelInfo(
-        id=card.id, display_name=card.id, created_at=created.strftime("%Y-%m-%dT%H:%M:%SZ")
+        id=card.id,
+        display_name=card.id,
+        created_at=created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        max_input_tokens=card.max_input_tokens or card.max_model_len,
+        max_tokens=card.max_output_tokens,
     )
 
 

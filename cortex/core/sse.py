@@ -51,8 +51,8 @@ class SseSplitter:
             else:
                 chunk = bytes(rest)
                 rest.clear()
-        *blocks, tail = chunk.split(b"\n\n")
-        rest += tail
+        blocks = chunk.split(b"\n\n")
+        rest += blocks.pop()
         if len(rest) > MAX_EVENT_BYTES:
             raise UpstreamMalformedError(f"an event is over {MAX_EVENT_BYTES} bytes")
         return [event for event in map(_parse, blocks) if event is not None]

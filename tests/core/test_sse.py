@@ -40,6 +40,32 @@ def test_an_event_that_has_not_ended_waits():
     assert splitter.feed(b" done\n\n") == [SseEvent(b"", b"half done")]
 
 
+def test_line_ends_may_be_mixed_and_a_carriage_return_may_end_a_chunk():
+    splitter = SseSplitter()
+    assert splitter.feed(b"data: a\r") == []
+    assert splitter.feed(b"\n") == []
+    assert splitter.feed(b"") == []
+    assert splitter.feed(b"\n") == [SseEvent(b"", b"a")]
+    assert splitter.feed(b"data: b\r\r") == [SseEvent(b"", b"b")]
+    assert splitter.feed(b"\ndata: c\n\n") == [SseEvent(b"", b"c")]
+
+
+def test_a_name_and_several_data_lines_belong_to_one_event():
+    assert SseSplitter().feed(b"event: error\ndata: {\ndata: }\n\n") == [
+        SseEvent(b"error", b"{\n}")
+    ]
+
+
+def test_an_event_in_single_bytes_comes_out_whole():
+    splitter = SseSplitter()
+    found = [
+        each
+        for byte in b"data: \n\ndata\n\n:c\ndata: x\n\n"
+        for each in splitter.feed(bytes([byte]))
+    ]
+    assert found == [SseEvent(b"", b""), SseEvent(b"", b""), SseEvent(b"", b"x")]
+
+
 def test_an_endless_event_is_refused():
     with pytest.raises(UpstreamMalformedError):
         SseSplitter().feed(b"data: " + b"x" * MAX_EVENT_BYTES)

@@ -5,8 +5,8 @@ import pytest
 
 from cortex.core.anthropic import CountTokensRequest, MessagesRequest
 from cortex.core.errors import BadRequestError, UpstreamMalformedError
-from cortex.core.openai import ChatCompletion, parse_chat_request
-from cortex.core.translate import from_openai, to_openai
+from cortex.core.openai import ChatCompletion, PromptTokensDetails, Usage, parse_chat_request
+from cortex.core.translate import from_openai, to_openai, usage_of
 
 USER = {"role": "user", "content": "hi"}
 
@@ -125,6 +125,73 @@ def test_a_text_document_is_read_and_unknown_blocks_count_by_their_text():
     assert messages({"role": "user", "content": content})[0]["content"] == "T\nbody\nfound"
 
 
+def test_a_document_of_blocks_is_read_and_one_that_is_no_text_goes_on_as_a_file():
+    inner = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    blocks = {"type": "document", "title": "T", "source": {"type": "content", "content": inner}}
+    assert messages({"role": "user", "content": [blocks]})[0]["content"] == "T\none\ntwo"
+    pdf = {"type": "document", "title": "T", "source": {"type": "base64", "data": "QUJD"}}
+    assert messages({"role": "user", "content": [pdf]})[0]["content"] == [
+        {"type": "file", "file": {"filename": "T"}}
+    ]
+
+
+def test_blocks_of_the_vendors_own_tools_are_taken():
+    turns = messages(
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"q": "x"}},
+                {
+                    "type": "web_search_tool_result",
+                    "tool_use_id": "s",
+                    "content": {"type": "web_search_tool_result_error", "error_code": "busy"},
+                },
+                {"type": "text", "text": "No luck.", "citations": None},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {
+                    "type": "search_result",
+                    "source": "https://example.org",
+                    "title": "T",
+                    "content": [{"type": "text", "text": "found"}],
+                }
+            ],
+        },
+    )
+    assert turns == [
+        {"role": "assistant", "content": "No luck."},
+        {"role": "user", "content": "found"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "source", [None, {"type": "file", "file_id": "f1"}, {"type": "base64"}, "stored"]
+)
+def test_an_image_that_is_not_there_is_refused(source: Any):
+    with pytest.raises(BadRequestError, match="an image needs a source"):
+        messages({"role": "user", "content": [{"type": "image", "source": source}]})
+
+
+def test_a_custom_tool_may_lack_a_schema_and_a_set_of_servers_a_name():
+    chat = translated(
+        tools=[{"type": "custom", "name": "now"}, {"type": "mcp_toolset", "mcp_server_name": "s"}]
+    )
+    assert [tool["function"] for tool in chat["tools"]] == [
+        {"name": "now", "parameters": {"type": "object"}}
+    ]
+
+
+def test_a_wanted_output_schema_becomes_the_response_format():
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    chat = translated(output_config={"format": {"type": "json_schema", "schema": schema}})
+    assert chat["response_format"]["type"] == "json_schema"
+    assert chat["response_format"]["json_schema"]["schema"] == schema
+    assert translated(output_config={"effort": "low"})["response_format"] is None
+
+
 def test_tools_and_their_choice_are_carried_over_and_server_tools_left_out():
     tools = [
         {"name": "look", "description": "d", "input_schema": {"type": "object"}},
@@ -188,6 +255,9 @@ def test_what_a_coding_agent_sends_by_default_is_taken():
         ({"messages": [{"role": "robot", "content": "x"}]}, "role"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"tool_choice": {"type": "tool"}}, "name"),
+        ({"tools": [{"description": "d"}]}, "name"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "schema"),
+        ({"max_tokens": None}, "max_tokens"),
         ({"system": 4}, "system"),
     ],
 )
@@ -242,16 +312,61 @@ def test_an_answer_becomes_thinking_text_and_tool_blocks():
         ("stop", None, "end_turn"),
         ("stop", "END", "stop_sequence"),
         ("length", None, "max_tokens"),
-        ("tool_calls", None, "tool_use"),
+        ("tool_calls", None, "end_turn"),
         ("content_filter", None, "refusal"),
         ("something_new", None, "end_turn"),
+        (None, None, "end_turn"),
     ],
 )
-def test_the_reason_of_the_end_is_translated(finish: str, stop: str | None, wanted: str):
+def test_the_reason_of_the_end_is_translated(finish: str | None, stop: str | None, wanted: str):
     answer = completion(content="x")
     choice = msgspec.structs.replace(answer.choices[0], finish_reason=finish, stop_reason=stop)
     reply = from_openai(msgspec.structs.replace(answer, choices=[choice]), "m")
     assert (reply.stop_reason, reply.stop_sequence) == (wanted, stop)
+
+
+@pytest.mark.parametrize(
+    ("finish", "wanted"),
+    [("tool_calls", "tool_use"), ("stop", "tool_use"), ("length", "max_tokens")],
+)
+def test_an_answer_with_calls_ends_for_tool_use_unless_it_was_cut(finish: str, wanted: str):
+    answer = completion(tool_calls=[{"id": "c", "function": {"name": "f", "arguments": "{}"}}])
+    choice = msgspec.structs.replace(answer.choices[0], finish_reason=finish)
+    reply = from_openai(msgspec.structs.replace(answer, choices=[choice]), "m")
+    assert reply.stop_reason == wanted
+
+
+def test_the_id_of_a_stop_token_is_no_stop_sequence():
+    choice = {"message": {"content": "x"}, "finish_reason": "stop", "stop_reason": 151645}
+    answer = msgspec.convert(
+        {"id": "1", "created": 1, "model": "x", "choices": [choice]}, ChatCompletion
+    )
+    reply = from_openai(answer, "m")
+    assert (reply.stop_reason, reply.stop_sequence) == ("end_turn", None)
+
+
+def test_more_cached_than_prompt_tokens_do_not_make_a_negative_count():
+    usage = Usage(prompt_tokens=5, prompt_tokens_details=PromptTokensDetails(cached_tokens=9))
+    found = usage_of(usage)
+    assert (found.input_tokens, found.cache_read_input_tokens) == (0, 5)
+    assert usage_of(None).input_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ("", {}),
+        (None, {}),
+        ({"a": 1}, {"a": 1}),
+        ('{"a": 1', {"arguments": '{"a": 1'}),
+        ("[1]", {"arguments": [1]}),
+    ],
+)
+def test_arguments_are_always_an_object_and_never_lost(arguments: Any, wanted: dict[str, Any]):
+    calls = [{"function": {"name": "f", "arguments": arguments}}]
+    (block,) = from_openai(completion(tool_calls=calls), "m").content
+    assert block.input == wanted
+    assert block.id.startswith("toolu_")
 
 
 def test_an_answer_without_choices_is_malformed():
