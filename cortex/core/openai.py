@@ -24,6 +24,7 @@ MAX_LOGIT_BIAS = 4096
 
 SSE_DONE = b"data: [DONE]\n\n"
 KEEPALIVE = b": keep-alive\n\n"
+USAGE_COMMENT = b": usage "
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
@@ -421,6 +422,7 @@ class ErrorBody(msgspec.Struct, kw_only=True, frozen=True):
 
 
 _encoder = msgspec.json.Encoder()
+_usage_decoder = msgspec.json.Decoder(Usage)
 _ERROR_FIELDS = frozenset(["message", "type", "code", "param"])
 
 
@@ -463,6 +465,25 @@ def sse_event(data: msgspec.Struct | bytes) -> bytes:
     """Return one server-sent event with `data` (JSON bytes, or a struct to encode)."""
     body = data if isinstance(data, bytes) else _encoder.encode(data)
     return b"data: " + body + b"\n\n"
+
+
+def usage_comment(usage: Usage) -> bytes:
+    """Return the comment in which a neuron tells its gateway the usage of a stream.
+
+    It comes with the first chunk and before the end, whether the caller asked for usage or not;
+    to clients it is a comment like any other.
+    """
+    return USAGE_COMMENT + _encoder.encode(usage) + b"\n\n"
+
+
+def read_usage_comment(line: bytes) -> Usage | None:
+    """Return what a usage comment says; None for any other line, or a damaged one."""
+    if not line.startswith(USAGE_COMMENT):
+        return None
+    try:
+        return _usage_decoder.decode(line[len(USAGE_COMMENT) :])
+    except msgspec.DecodeError:
+        return None
 
 
 def error_event(exc: CortexError) -> bytes:

@@ -8,14 +8,11 @@ MAX_EVENT_BYTES = 16 << 20
 
 
 class SseEvent(NamedTuple):
-    """One event. A comment has no data and `is_comment` set."""
+    """One event; `data` of a comment is its whole line."""
 
     name: bytes
     data: bytes
     is_comment: bool = False
-
-
-COMMENT = SseEvent(b"", b"", is_comment=True)
 
 
 class SseSplitter:
@@ -74,7 +71,7 @@ def _parse(block: bytes) -> SseEvent | None:
         return SseEvent(b"", block[6:])
     name = b""
     data: list[bytes] = []
-    is_comment = False
+    comment = b""
     for line in block.split(b"\n"):
         field, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
@@ -83,7 +80,7 @@ def _parse(block: bytes) -> SseEvent | None:
         elif field == b"event":
             name = value
         elif not field and line:
-            is_comment = True
+            comment = line
     if data:
         return SseEvent(name, b"\n".join(data))
-    return COMMENT if is_comment else None
+    return SseEvent(b"", comment, is_comment=True) if comment else None

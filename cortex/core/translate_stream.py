@@ -15,7 +15,7 @@ import msgspec
 
 from cortex.core import anthropic, errors
 from cortex.core.errors import CortexError, RemoteError, UpstreamMalformedError
-from cortex.core.openai import MAX_TOOLS, FunctionDelta, Usage, parse_error
+from cortex.core.openai import MAX_TOOLS, FunctionDelta, Usage, parse_error, read_usage_comment
 from cortex.core.sse import SseEvent, SseSplitter
 from cortex.core.translate import SIGNATURE, message_id, new_tool_id, stop_reason, usage_of
 
@@ -105,8 +105,7 @@ class StreamTranslator:
     """Turns the bytes of one OpenAI stream into those of one Anthropic stream.
 
     Call `feed` with what arrives, `end` after the source's end, or `fail` when it broke; after
-    the first `fail` or the end of the message nothing more comes out. `start` is for a caller
-    who wants the message to begin before the source has said anything.
+    the first `fail` or the end of the message nothing more comes out.
 
     Args:
         model: the name the caller asked for.
@@ -126,17 +125,6 @@ class StreamTranslator:
         self._finish: str | None = None
         self._stop_string: str | None = None
         self._usage = anthropic.Usage()
-
-    def start(self, *, input_tokens: int = 0) -> bytes:
-        """Return message_start, if it has not gone out yet.
-
-        Args:
-            input_tokens: an estimate; the source's own count replaces it at the end.
-        """
-        if self._started or self._closed:
-            return b""
-        self._usage = anthropic.Usage(input_tokens=input_tokens)
-        return self._start("")
 
     def feed(self, data: bytes) -> bytes:
         """Return the events that arrived bytes become; often none.
@@ -185,7 +173,11 @@ class StreamTranslator:
         if self._closed:
             return
         if event.is_comment:
-            out.append(anthropic.PING)
+            usage = read_usage_comment(event.data)
+            if usage is None:
+                out.append(anthropic.PING)
+            else:
+                self._usage = usage_of(usage)
             return
         if event.data == b"[DONE]":
             out.append(self.end())

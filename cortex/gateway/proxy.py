@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from cortex.core.errors import CortexError, UpstreamConnectionError, UpstreamMalformedError
-from cortex.core.openai import Usage, parse_error
+from cortex.core.openai import Usage, parse_error, read_usage_comment
 from cortex.gateway.fleet import Fleet, Lease
 from cortex.gateway.metrics import RequestTiming
 from cortex.gateway.neuron_client import NeuronClient, Reply
@@ -137,6 +137,9 @@ def usage_of(body: bytes) -> Usage | None:
 
 def _usage_in(tail: bytes) -> Usage | None:
     for line in reversed(tail.split(b"\n")):
+        told = read_usage_comment(line)
+        if told is not None:
+            return told
         if line.startswith(b"data:") and b'"usage"' in line:
             usage = usage_of(line[5:])
             if usage is not None:

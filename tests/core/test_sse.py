@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cortex.core.errors import UpstreamMalformedError
-from cortex.core.sse import COMMENT, MAX_EVENT_BYTES, SseEvent, SseSplitter
+from cortex.core.sse import MAX_EVENT_BYTES, SseEvent, SseSplitter
 
 STREAM = b': hello\n\nevent: ping\ndata: {"a": 1}\n\ndata: one\ndata: two\n\ndata:x\n\nid: 4\n\n'
 EVENTS = [
-    COMMENT,
+    SseEvent(b"", b": hello", is_comment=True),
     SseEvent(b"ping", b'{"a": 1}'),
     SseEvent(b"", b"one\ntwo"),
     SseEvent(b"", b"x"),

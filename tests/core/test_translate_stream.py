@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortex.core.errors import UpstreamConnectionError, UpstreamMalformedError
+from cortex.core.openai import Usage, usage_comment
 from cortex.core.translate_stream import MAX_CALLS, MAX_HELD_CHARS, StreamTranslator
 from tests.support.anthropic_events import accumulate, check_grammar, read_events
 
@@ -193,25 +194,6 @@ def test_too_much_held_back_is_a_fault():
         translator.feed(chunk(call(1, "x")))
 
 
-def test_a_message_may_begin_before_the_source_does_and_begins_once():
-    translator = StreamTranslator("m")
-    (start,) = read_events(translator.start(input_tokens=7))
-    assert start["message"]["usage"] == {
-        "input_tokens": 7,
-        "output_tokens": 0,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": 0,
-    }
-    assert start["message"]["id"].startswith("msg_")
-    assert translator.start() == b""
-    rest = read_events(
-        translator.feed(chunk({"content": "a"}, "stop") + chunk(usage=USAGE)) + translator.end()
-    )
-    check_grammar([start, *rest])
-    assert rest[-2]["usage"]["input_tokens"] == 9
-    assert translator.start() == b""
-
-
 def test_nulls_and_fields_of_other_engines_are_taken():
     choice = {
         "index": 0,
@@ -233,6 +215,13 @@ def test_nulls_and_fields_of_other_engines_are_taken():
 def test_an_answer_of_nothing_is_a_message_without_blocks():
     events = translate(chunk({"role": "assistant", "content": ""}), chunk({}, "stop"))
     assert [event["type"] for event in events] == ["message_start", "message_delta", "message_stop"]
+
+
+def test_usage_that_a_comment_tells_before_the_first_chunk_is_told_at_the_start():
+    comment = usage_comment(Usage(prompt_tokens=9))
+    events = translate(comment, chunk({"role": "assistant"}), chunk({}, "stop"))
+    assert events[0]["type"] == "message_start"
+    assert events[0]["message"]["usage"]["input_tokens"] == 9
 
 
 def test_usage_in_the_first_chunk_is_told_at_the_start():

@@ -88,5 +88,5 @@ def chat_model(entry: object) -> ChatModel:
 async def eventually(condition: Callable[[], object]) -> None:
     """Wait until a condition holds that only another process or task can bring about."""
     async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110  what is waited for is not in this process
+        while not condition():
             await asyncio.sleep(0.005)

@@ -95,7 +95,7 @@ def chat(model: str, text: str = "hello there", **fields: Any) -> dict[str, Any]
 async def until(condition: Callable[[], Awaitable[object]]) -> None:
     """Wait until an awaited condition holds."""
     async with asyncio.timeout(30):
-        while not await condition():  # noqa: ASYNC110  what is waited for is in another process
+        while not await condition():
             await asyncio.sleep(0.01)
 
 

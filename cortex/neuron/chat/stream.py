@@ -22,6 +22,7 @@ from cortex.core.openai import (
     TopLogprob,
     Usage,
     sse_event,
+    usage_comment,
 )
 from cortex.neuron.chat.detokenize import TextStream
 from cortex.neuron.chat.output import (
@@ -157,11 +158,12 @@ class ChatStream(_Reply):
     """
 
     def start(self) -> bytes:
-        """Return the first chunks, one per choice, which only name the role."""
-        return b"".join(
+        """Return the usage so far and the first chunks, one per choice, which name the role."""
+        roles = [
             self._chunk(ChunkChoice(index=at, delta=Delta(role="assistant", content="")))
             for at in range(len(self._readers))
-        )
+        ]
+        return b"".join([usage_comment(self.usage()), *roles])
 
     def feed(self, choice_idx: int, event: TokenEvent) -> bytes:
         """Return the chunks that an event makes certain, perhaps none.
@@ -193,13 +195,14 @@ class ChatStream(_Reply):
         return b"".join(chunks)
 
     def end(self) -> bytes:
-        """Return the usage chunk if the request asked for it."""
+        """Return the final usage, as a chunk too if the request asked for one."""
+        usage = self.usage()
         if not self._prepared.include_usage:
-            return b""
+            return usage_comment(usage)
         chunk = ChatCompletionChunk(
-            id=self._id, created=self._created, model=self._model, choices=[], usage=self.usage()
+            id=self._id, created=self._created, model=self._model, choices=[], usage=usage
         )
-        return sse_event(chunk)
+        return usage_comment(usage) + sse_event(chunk)
 
     def _chunk(self, choice: ChunkChoice) -> bytes:
         return sse_event(

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cortex.core.errors import EngineDiedError
+from cortex.core.openai import read_usage_comment
 from cortex.neuron.chat.model import ChatModel
 from cortex.neuron.chat.prepare import Prepared, prepare
 from cortex.neuron.chat.stream import ChatCollector, ChatStream
@@ -39,9 +40,10 @@ def events(
 
 
 def chunks(data: bytes) -> list[Any]:
-    """Parse server-sent events and check their framing."""
+    """Parse server-sent events and check their framing; comments are left out."""
     frames = data.split(b"\n\n")
     assert frames.pop() == b""
+    frames = [frame for frame in frames if not frame.startswith(b": ")]
     assert all(frame.startswith(b"data: ") for frame in frames)
     return [json.loads(frame[6:]) for frame in frames]
 
@@ -94,6 +96,19 @@ def test_a_stream_is_role_then_text_then_finish(model: ChatModel) -> None:
             ({}, "stop"),
         ]
     ]
+
+
+def test_a_comment_tells_the_gateway_the_usage_at_both_ends(model: ChatModel) -> None:
+    prepared = prepare(chat_request(stream=True, **NO_THINKING), model)
+    stream = make_stream(prepared)
+    sent = stream.start()
+    told = read_usage_comment(sent.split(b"\n\n")[0])
+    assert told is not None
+    assert (told.prompt_tokens, told.completion_tokens) == (len(prepared.prompt_ids), 0)
+    for event in events(prepared, "Hi"):
+        stream.feed(0, event)
+    told = read_usage_comment(stream.end().strip())
+    assert told == stream.usage()
 
 
 def test_usage_comes_last_and_only_if_asked_for(model: ChatModel) -> None:
