@@ -3,7 +3,6 @@
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
@@ -127,37 +126,36 @@ async def run_both(gateway: GatewayConfig, neuron: NeuronConfig, on_ready: OnRea
     gateway_url, neuron_url = _url(api), _url(inner)
     address = NeuronAddress(name=socket.gethostname(), endpoint=neuron_url)
     config = msgspec.structs.replace(gateway, neurons=[address])
-    async with AsyncExitStack() as stack:
-        neuron_app = await stack.enter_async_context(open_app(neuron))
-        apps = await stack.enter_async_context(open_apps(config, Catalogue()))
-        listeners = [
-            Listener(app=neuron_app, name="neuron", bound=inner),
-            *_gateway_listeners(apps, api, metrics),
-        ]
-        accepting = asyncio.Event()
-        failure: CortexError | None = None
+    accepting = asyncio.Event()
+    failure: CortexError | None = None
 
-        async def greet() -> None:
-            nonlocal failure
-            await accepting.wait()
-            try:
-                await on_ready(gateway_url, neuron_url)
-            except CortexError as exc:
-                # The servers end the orderly way, then the error is told.
-                failure = exc
-                shutdown.set()
+    async def greet() -> None:
+        nonlocal failure
+        await accepting.wait()
+        try:
+            await on_ready(gateway_url, neuron_url)
+        except CortexError as exc:
+            # The servers end the orderly way, then the error is told.
+            failure = exc
+            shutdown.set()
 
-        async with asyncio.TaskGroup() as tasks:
-            guiding = tasks.create_task(greet(), name="up guide")
+    async with open_app(neuron) as neuron_app, asyncio.TaskGroup() as tasks:
+        # The neuron serves first, so that the gateway's first look at it succeeds.
+        listener = Listener(app=neuron_app, name="neuron", bound=inner)
+        tasks.create_task(
+            serve([listener], shutdown=shutdown, drain_s=config.gateway.drain_s), name="neuron"
+        )
+        guiding = tasks.create_task(greet(), name="up guide")
+        async with open_apps(config, Catalogue()) as apps:
             await serve(
-                listeners,
+                _gateway_listeners(apps, api, metrics),
                 shutdown=shutdown,
                 drain_s=config.gateway.drain_s,
                 on_bound=lambda _: accepting.set(),
             )
-            guiding.cancel()
-        if failure is not None:
-            raise failure
+        guiding.cancel()
+    if failure is not None:
+        raise failure
 
 
 def _bind_gateway(config: GatewayConfig) -> tuple[socket.socket, socket.socket]:

@@ -7,6 +7,9 @@ import msgspec
 import pytest
 
 from cortex.core import catalogue, config
+from cortex.core.neuron_api import DeviceHealth, ModelLoad, NeuronHealth
+from cortex.gateway.fleet import Fleet
+from cortex.gateway.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
 STRUCTS = [
@@ -56,3 +59,21 @@ def test_links_between_documents_lead_somewhere(page: str):
     path = ROOT / page
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+def test_the_documented_metrics_are_those_of_the_gateway():
+    text = (ROOT / "docs" / "operations.md").read_text()
+    documented = set(re.findall(r"`(cortex_(?!neuron)[a-z_]+)`", text))
+    fleet = Fleet([("a", "http://a")])
+    fleet.record_reading("a", [], _busy_health(), stamp=0)
+    families = list(Metrics(fleet).registry.collect())
+    names = {
+        f"{family.name}_total" if family.type == "counter" else family.name for family in families
+    }
+    assert documented == names
+
+
+def _busy_health() -> NeuronHealth:
+    device = DeviceHealth(index=0, vram_used_mb=1, vram_free_mb=1)
+    load = ModelLoad(id="m", rejected_queue_full=1)
+    return NeuronHealth(uptime_secs=1, devices=[device], models=[load])

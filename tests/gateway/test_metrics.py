@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from cortex.core.neuron_api import DeviceHealth, ModelInfo, ModelLoad, NeuronHealth
+from cortex.core.openai import SSE_DONE, Usage, usage_comment
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.metrics import Metrics, RequestTiming
 from cortex.gateway.proxy import StreamMeter
@@ -240,6 +241,16 @@ def test_usage_is_read_from_the_last_frames_even_when_they_come_in_pieces() -> N
     assert meter.has_ended
     meter.close()
     assert (timing.prompt_tokens, timing.completion_tokens, timing.cached_tokens) == (11, 5, 4)
+
+
+def test_usage_that_the_caller_did_not_ask_for_is_read_from_the_nodes_comment() -> None:
+    timing = RequestTiming(model="m")
+    meter = StreamMeter(timing, 0.0, Clock())
+    meter.feed(b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n')
+    meter.feed(usage_comment(Usage(prompt_tokens=7, completion_tokens=3)) + SSE_DONE)
+    assert meter.has_ended
+    meter.close()
+    assert (timing.prompt_tokens, timing.completion_tokens) == (7, 3)
 
 
 def test_an_answer_that_quotes_the_end_mark_has_not_ended() -> None:
