@@ -52,6 +52,7 @@ async def open_app(
     await asyncio.to_thread(monitor.start)
     library = Library(
         model_dirs=[Path(each) for each in torch.model_dirs],
+        models={name: Path(each) for name, each in torch.models.items()},
         demos=DEMO_DISTRIBUTIONS if torch.demo_models else (),
         clock=clock,
     )

@@ -166,6 +166,7 @@ class EngineClient:
         self._generations: dict[int, tuple[Generation, int]] = {}
         self._next_id = 1
         self._stopping = False
+        self._hung_up = False
         self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
@@ -243,13 +244,18 @@ class EngineClient:
         generation = Generation(self, request_ids)
         if not self._generations:
             self._heard_s = self._clock()
-        if self.loaded is None or self._stopping or not self._is_linked():
+        if not self.can_serve:
             generation._fail(self._death())  # noqa: SLF001  two halves of one
             return generation
         for choice_idx, (request_id, request) in enumerate(zip(request_ids, requests, strict=True)):
             self._generations[request_id] = (generation, choice_idx)
             self._send(msgspec.structs.replace(request, request_id=request_id))
         return generation
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether the engine has loaded its model and its connection stands."""
+        return self.loaded is not None and not self._stopping and self._is_linked()
 
     def silent_s(self) -> float:
         """Return how long an engine with open requests has reported nothing; 0 without any."""
@@ -390,6 +396,7 @@ class EngineClient:
             _logger.exception("engine sent a frame that is none", extra=self._fields())
             self._signal(signal.SIGKILL)
         # Whoever waits for tokens need not wait for the process to be reaped.
+        self._hung_up = True
         self._fail_all()
         try:
             async with asyncio.timeout(EXIT_S):
@@ -444,10 +451,12 @@ class EngineClient:
         return LoadFailedError(f"model '{self.model_id}' cannot be loaded: {self.cause_of_death}")
 
     def _is_linked(self) -> bool:
-        return self._writer is not None and not self._writer.is_closing()
+        if self._writer is None or self._hung_up:
+            return False
+        return not self._writer.is_closing()
 
     def _send(self, command: Command) -> None:
-        if self._writer is not None and not self._writer.is_closing():
+        if self._writer is not None and self._is_linked():
             self._writer.write(encode_frame(command))
 
     def _signal(self, number: signal.Signals) -> None:

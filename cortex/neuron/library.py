@@ -1,4 +1,4 @@
-"""What this host could serve: the bundled model, installed demo models, the model directories.
+"""What this host could serve: named, bundled and demo models, and the model directories.
 
 A request names a model by its id, and an id is only ever looked up in what a scan found; no
 path is made of it. Hub repositories are not listed: they are known once they are loaded.
@@ -49,6 +49,7 @@ class Library:
         bundled: the bundled model's directory, None to leave it out.
         demos: names of installed distributions that carry a GGUF file.
         model_dirs: directories whose children are served.
+        models: further checkpoints by id, each a directory or a .gguf file.
         clock: monotonic seconds.
     """
 
@@ -56,12 +57,14 @@ class Library:
         self,
         *,
         model_dirs: Sequence[Path],
+        models: Mapping[str, Path] | None = None,
         clock: Callable[[], float],
         bundled: Path | None = BUNDLED_DIR,
         demos: Sequence[str] = DEMO_DISTRIBUTIONS,
         read_facts: Callable[[ModelSource], ModelFacts] = describe,
     ) -> None:
         self._model_dirs = [path.resolve() for path in model_dirs]
+        self._models = dict(models or {})
         self._bundled = bundled
         self._demos = demos
         self._clock = clock
@@ -89,8 +92,9 @@ class Library:
     def scan(self) -> None:
         """Look at the directories again; facts already known of unchanged files are kept.
 
-        Of two checkpoints with one name the first is served, the bundled model before all
-        others; a GGUF file that comes second goes by its full file name.
+        Of two checkpoints with one name the first is served: what the configuration names goes
+        before the bundled model and that before all others; a GGUF file that comes second goes
+        by its full file name.
         """
         found: dict[str, Entry] = {}
         for entry in self._candidates():
@@ -112,10 +116,12 @@ class Library:
             self._scanned_s = self._clock()
 
     def describe_all(self) -> None:
-        """Read the facts of every entry that has none yet, in the order of the listing."""
+        """Read the facts of every entry that has none yet, in the order of the listing.
+
+        One that could not be read is tried again: its files may not have been complete.
+        """
         for entry in list(self._entries.values()):
-            if entry.facts is None and entry.error is None:
-                self.describe(entry)
+            self.describe(entry)
 
     def describe(self, entry: Entry) -> Entry:
         """Return an entry with its facts, or with the error that stood in the way.
@@ -129,7 +135,7 @@ class Library:
             turn = self._turns.setdefault(signature, threading.Lock())
         with turn:
             known = self._described.get(signature)
-            if known is not None:
+            if known is not None and known.facts is not None:
                 return known
             described = self._read(entry)
             with self._lock:
@@ -143,11 +149,13 @@ class Library:
 
     def _read(self, entry: Entry) -> Entry:
         try:
-            return replace(entry, facts=self._read_facts(entry.source))
+            return replace(entry, facts=self._read_facts(entry.source), error=None)
         except CheckpointError as exc:
             return replace(entry, error=exc)
 
     def _candidates(self) -> Iterator[Entry]:
+        for model_id, path in self._models.items():
+            yield Entry(id=model_id, source=_named_source(path))
         if self._bundled is not None:
             source = detect(self._bundled)
             if source is not None:
@@ -159,6 +167,11 @@ class Library:
                 yield Entry(id=_QUANT_SUFFIX.sub("", path.stem), source=source)
         for directory in self._model_dirs:
             yield from _children(directory)
+
+
+def _named_source(path: Path) -> ModelSource:
+    """Return a checkpoint of the configuration; where there is none, reading it tells so."""
+    return detect(path) or ModelSource(kind="gguf" if path.is_file() else "hf", path=str(path))
 
 
 def _children(directory: Path) -> Iterator[Entry]:

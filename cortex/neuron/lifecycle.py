@@ -176,6 +176,9 @@ class Lifecycle:
                 assert model.engine is not None
                 assert model.admission is not None
                 assert model.loaded is not None
+                if not model.engine.can_serve:
+                    # Its end is known here before the task that owns it has seen it.
+                    raise recovering_error(model)
                 model.last_used_s = self._clock()
                 return Serving(
                     model_id=model_id,

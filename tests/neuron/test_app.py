@@ -62,8 +62,9 @@ async def test_the_role_comes_at_once_and_silence_is_filled_with_comments(tmp_pa
         body = encode(chat("m", stream=True, max_tokens=5))
         url = api.url + "/v1/chat/completions"
         async with api.session.post(url, data=body) as reply:
-            first = await reply.content.readuntil(b"\n\n")
-            assert b'"role":"assistant"' in first
+            usage = await reply.content.readuntil(b"\n\n")
+            assert usage.startswith(b": usage {")
+            assert b'"role":"assistant"' in await reply.content.readuntil(b"\n\n")
             seen = b""
             while b": keep-alive\n\n" not in seen:
                 seen += await reply.content.readany()
@@ -76,7 +77,7 @@ async def test_a_client_that_leaves_a_stream_frees_its_slot(tmp_path):
         await api.load("m")
         body = encode(chat("m", stream=True, max_tokens=100_000))
         async with api.session.post(api.url + "/v1/chat/completions", data=body) as reply:
-            for _ in range(2):  # the role, and the first token
+            for _ in range(3):  # the prompt's usage, the role, and the first token
                 await reply.content.readuntil(b"\n\n")
             health = await api.health_of("m")
             assert (health["in_flight"], health["free_slots"]) == (1, 3)

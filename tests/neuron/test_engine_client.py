@@ -163,6 +163,22 @@ async def test_a_killed_engine_ends_its_requests_with_an_error(tmp_path):
             await tokens_of(client.submit(ask(1)))
 
 
+async def test_an_engine_that_hangs_up_serves_no_more_and_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_client, "EXIT_S", 0.1)
+    write_script(tmp_path, hang_up_on_id=66)
+    async with running(tmp_path) as client:
+        assert not client.can_serve
+        await load(client, tmp_path)
+        assert client.can_serve
+        with pytest.raises(EngineDiedError):
+            await tokens_of(client.submit(ask(66)))
+        assert not client.can_serve
+        with pytest.raises(EngineDiedError):
+            await tokens_of(client.submit(ask(1)))
+        await client.ended.wait()
+        assert "SIGKILL" in client.cause_of_death
+
+
 async def test_bytes_that_are_no_frame_end_the_engine_and_its_requests(tmp_path):
     write_script(tmp_path, garbage_on_id=66)
     async with running(tmp_path) as client:

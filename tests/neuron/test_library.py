@@ -1,3 +1,4 @@
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,6 +8,8 @@ import pytest
 from cortex.core.errors import CheckpointError
 from cortex.neuron import library as library_module
 from cortex.neuron.library import BUNDLED_DIR, Library
+from cortex.neuron.models.facts import describe
+from cortex.neuron.models.source import ModelSource
 from tests.support.neuron_fakes import add_model, read_facts
 
 
@@ -67,6 +70,62 @@ def test_a_demo_distribution_is_served_without_its_quant_suffix(tmp_path, monkey
 def test_a_quant_suffix_is_cut_and_nothing_else(tmp_path, monkeypatch, stem, model_id):
     monkeypatch.setattr(library_module, "distribution_gguf", lambda name: tmp_path / f"{stem}.gguf")
     assert ids(make(demos=("carrier",))) == [model_id]
+
+
+def test_named_checkpoints_win_over_all_others_wherever_they_lie(tmp_path):
+    named = add_model(tmp_path / "elsewhere", "Mine")
+    file = tmp_path / "Some.Q8_0.gguf"
+    file.touch()
+    add_model(tmp_path / "models", "alpha")
+    library = make(
+        tmp_path / "models", bundled=BUNDLED_DIR, models={"alpha": named, "cortex-tiny": file}
+    )
+    assert ids(library) == ["alpha", "cortex-tiny"]
+    assert library.find("alpha").source == ModelSource(kind="hf", path=str(named))
+    assert library.find("cortex-tiny").source == ModelSource(kind="gguf", path=str(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("config.json", '{"model_type": "gpt_oss"}', "model_type 'gpt_oss' is not supported"),
+        ("config.json", "{", "config.json: Input data was truncated"),
+        ("notes.txt", "", "cannot read .*config.json: No such file"),
+    ],
+)
+def test_a_named_directory_that_is_no_checkpoint_is_listed_with_its_error(
+    tmp_path, name, content, cause
+):
+    (tmp_path / name).write_text(content)
+    library = make(models={"broken": tmp_path}, read_facts=describe)
+    assert ids(library) == ["broken"]
+    library.describe_all()
+    assert re.search(cause, library.find("broken").error.message)
+
+
+def test_a_named_file_that_is_no_checkpoint_is_listed_with_its_error(tmp_path):
+    path = tmp_path / "weights.bin"
+    path.write_bytes(b"PK\x03\x04")
+    library = make(models={"broken": path}, read_facts=describe)
+    library.scan()
+    library.describe_all()
+    assert "does not begin with GGUF" in library.find("broken").error.message
+
+
+def test_a_checkpoint_that_could_not_be_read_is_tried_again(tmp_path):
+    add_model(tmp_path, "m")
+    outcomes = [CheckpointError("no model.safetensors")]
+
+    def read(source):
+        if outcomes:
+            raise outcomes.pop()
+        return read_facts(source)
+
+    library = make(tmp_path, read_facts=read)
+    library.scan()
+    assert library.describe(library.find("m")).error.message == "no model.safetensors"
+    assert library.describe(library.find("m")).facts.num_parameters == 1000
+    assert library.find("m").error is None
 
 
 def test_links_out_of_a_directory_hidden_names_and_the_directory_itself_are_not_served(tmp_path):

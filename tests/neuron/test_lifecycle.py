@@ -206,6 +206,20 @@ async def test_a_killed_engine_fails_its_streams_and_comes_back(tmp_path):
     assert len(starts(path)) == 2
 
 
+async def test_a_loaded_model_whose_engine_has_hung_up_is_recovering_to_requests(tmp_path):
+    path = add_model(tmp_path / "models", "m")
+    write_script(path, hang_up_on_id=66)
+    async with host(tmp_path) as it:
+        await it.load("m")
+        with pytest.raises(EngineDiedError):
+            await tokens_of(it.stream("m", 66))
+        # The process is still there, so nothing has changed the state yet.
+        assert it.status("m") == "loaded"
+        with pytest.raises(ModelRecoveringError) as caught:
+            it.lifecycle.serving("m")
+        assert caught.value.retry_after_s == 2
+
+
 async def test_a_load_request_during_a_recovery_waits_for_its_end(tmp_path):
     path = add_model(tmp_path / "models", "m")
     async with host(tmp_path) as it:

@@ -17,7 +17,6 @@ def facts(*, parameters=1_000_000_000, kv=1000, state=1_000_000, positions=32768
         num_parameters=parameters,
         kv_elements_per_token=kv,
         state_bytes_per_slot_f32=state,
-        eos_ids=[0],
     )
 
 

@@ -142,7 +142,15 @@ def write_checkpoint(
     elif template is not None:
         (directory / "chat_template.jinja").write_text(template)
     (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    config = {"model_type": "qwen3_5", "text_config": {"max_position_embeddings": 4096}}
+    text_config = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 4096,
+    }
+    config = {"model_type": "qwen3_5", "text_config": text_config}
     (directory / "config.json").write_text(json.dumps(config))
     if generation_config is not None:
         (directory / "generation_config.json").write_text(json.dumps(generation_config))

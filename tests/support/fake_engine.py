@@ -45,6 +45,7 @@ class Script(msgspec.Struct, kw_only=True):
         die_on_id: kills itself when a prompt holds this token.
         stubborn: ignores Shutdown and SIGTERM.
         garbage_on_id: sends a frame that is none when a prompt holds this token.
+        hang_up_on_id: closes its connection when a prompt holds this token, and lives on.
         burst: tokens per step.
         words: printed at the start.
     """
@@ -58,6 +59,7 @@ class Script(msgspec.Struct, kw_only=True):
     die_on_id: int | None = None
     stubborn: bool = False
     garbage_on_id: int | None = None
+    hang_up_on_id: int | None = None
     burst: int = 1
     words: str = "fake engine here"
     max_num_seqs: int = 4
@@ -159,6 +161,9 @@ class _Fake:
                     os.kill(os.getpid(), signal.SIGKILL)
                 if self.script.garbage_on_id in command.prompt_ids:
                     self.connection.sendall(b"\x03\x00\x00\x00\xc1\xc1\xc1")
+                if self.script.hang_up_on_id in command.prompt_ids:
+                    self.connection.close()
+                    signal.pause()
                 self.running[command.request_id] = (command, 0)
             case Cancel():
                 if self.running.pop(command.request_id, None) is not None:

@@ -55,7 +55,6 @@ def facts(*, parameters: int = 1000) -> ModelFacts:
         num_parameters=parameters,
         kv_elements_per_token=64,
         state_bytes_per_slot_f32=0,
-        eos_ids=[0],
     )
 
 

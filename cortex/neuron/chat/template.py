@@ -2,7 +2,7 @@
 
 import json  # noqa: TID251 - models are trained on json.dumps' exact spacing
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from cortex.core.openai import (
     Tool,
     ToolCall,
 )
-from cortex.neuron.chat.gguf_metadata import Value
+from cortex.neuron.models.gguf_file import GgufValue
+from cortex.neuron.models.hf_files import read_json
 
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_PROMPT_CHARS = 16 << 20
@@ -302,23 +303,23 @@ def template_in_directory(directory: Path) -> str | None:
     Raises:
         CheckpointError: a file is there and cannot be read.
     """
-    try:
-        own_file = directory / "chat_template.jinja"
-        if own_file.exists():
+    own_file = directory / "chat_template.jinja"
+    if own_file.exists():
+        try:
             return own_file.read_text("utf-8")
-        config_file = directory / "tokenizer_config.json"
-        if not config_file.exists():
-            return None
-        config = msgspec.json.decode(config_file.read_bytes(), type=_TemplateConfig)
-    except (OSError, msgspec.DecodeError, UnicodeError, RecursionError) as exc:
-        raise CheckpointError(f"cannot read the chat template of {directory.name}: {exc}") from exc
+        except (OSError, UnicodeError) as exc:
+            raise CheckpointError(f"cannot read {own_file}: {exc}") from exc
+    config_file = directory / "tokenizer_config.json"
+    if not config_file.exists():
+        return None
+    config = read_json(config_file, _TemplateConfig)
     if not isinstance(config.chat_template, list):
         return config.chat_template
     by_name = {entry.name: entry.template for entry in config.chat_template}
     return by_name.get("default", next(iter(by_name.values()), None))
 
 
-def template_in_gguf(keys: dict[str, Value]) -> str | None:
+def template_in_gguf(keys: Mapping[str, GgufValue]) -> str | None:
     """Return the template text in a GGUF file's metadata, or None where it has none."""
     value = keys.get("tokenizer.chat_template")
     return value if isinstance(value, str) and value else None

@@ -1,6 +1,7 @@
 """A checkpoint's tokenizer: text to ids, ids to bytes, and what its special tokens are."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import msgspec
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from cortex.core.errors import CheckpointError
-from cortex.neuron.chat.gguf_metadata import Value
+from cortex.neuron.models.gguf_file import GgufValue
+from cortex.neuron.models.hf_files import read_json
 
 MAX_TOKENIZER_BYTES = 256 << 20
 
@@ -162,7 +164,10 @@ def tokenizer_from_directory(
     """
     path = directory / "tokenizer.json"
     tokenizer = _read_tokenizer_json(path)
-    config = _read_tokenizer_config(directory / "tokenizer_config.json")
+    config_path = directory / "tokenizer_config.json"
+    config = (
+        read_json(config_path, _TokenizerConfig) if config_path.exists() else _TokenizerConfig()
+    )
     missing = [
         AddedToken(
             entry.content,
@@ -206,15 +211,6 @@ def _read_tokenizer_json(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _read_tokenizer_config(path: Path) -> _TokenizerConfig:
-    if not path.exists():
-        return _TokenizerConfig()
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=_TokenizerConfig)
-    except (OSError, msgspec.DecodeError, UnicodeError, RecursionError) as exc:
-        raise CheckpointError(f"{path.name} in {path.parent.name} is damaged: {exc}") from exc
-
-
 def _token_text(value: Any) -> str:
     """A token in tokenizer_config.json is a string, an object with `content`, or null."""
     if isinstance(value, dict):
@@ -243,31 +239,33 @@ _PRE_TOKENIZERS = {
 
 
 def tokenizer_from_gguf(
-    keys: dict[str, Value], *, name: str, cache_dir: Path, eos_ids: frozenset[int] = frozenset()
+    keys: Mapping[str, GgufValue],
+    *,
+    name: str,
+    cache_dir: Path,
+    eos_ids: frozenset[int] = frozenset(),
 ) -> ChatTokenizer:
     """Return the tokenizer that a GGUF file's metadata describes.
 
     Args:
-        keys: of `read_gguf_metadata`.
+        keys: the file's metadata.
         name: the file's, for messages and for the tokenizer.json written to `cache_dir`.
+        eos_ids: every end token that the metadata name.
 
     Raises:
         CheckpointError: the tokenizer is incomplete or of an unsupported kind; names it.
     """
     tokenizer, tokens = _build_bpe(keys, name)
-    bos, eos, eot = (
-        _id_key(keys, key, len(tokens)) for key in ("bos_token_id", "eos_token_id", "eot_token_id")
-    )
     return ChatTokenizer(
         tokenizer,
         path=str(_write_tokenizer(tokenizer, cache_dir, name.removesuffix(".gguf"))),
-        bos_token=tokens[bos] if bos is not None else "",
-        eos_token=tokens[eos] if eos is not None else "",
-        eos_ids=eos_ids | {at for at in (eos, eot) if at is not None},
+        bos_token=_named_token(keys, "bos_token_id", tokens),
+        eos_token=_named_token(keys, "eos_token_id", tokens),
+        eos_ids=eos_ids,
     )
 
 
-def _build_bpe(keys: dict[str, Value], name: str) -> tuple[Tokenizer, list[str]]:
+def _build_bpe(keys: Mapping[str, GgufValue], name: str) -> tuple[Tokenizer, list[str]]:
     model = keys.get("tokenizer.ggml.model")
     if model != "gpt2":
         raise CheckpointError(
@@ -322,16 +320,16 @@ def _splitter(pre: _PreTokenizer) -> Any:
     return byte_level
 
 
-def _list_key(keys: dict[str, Value], key: str, name: str) -> list[Any]:
+def _list_key(keys: Mapping[str, GgufValue], key: str, name: str) -> list[Any]:
     value = keys.get(key)
     if not isinstance(value, list) or not value:
         raise CheckpointError(f"{name} has no {key}")
     return value
 
 
-def _id_key(keys: dict[str, Value], name: str, num_tokens: int) -> int | None:
+def _named_token(keys: Mapping[str, GgufValue], name: str, tokens: list[str]) -> str:
     value = keys.get(f"tokenizer.ggml.{name}")
-    return value if isinstance(value, int) and 0 <= value < num_tokens else None
+    return tokens[value] if isinstance(value, int) and 0 <= value < len(tokens) else ""
 
 
 def _write_tokenizer(tokenizer: Tokenizer, cache_dir: Path, stem: str) -> Path:

@@ -5,14 +5,14 @@ directory; `cortex.neuron.models.gguf_file` makes the same structs from a GGUF f
 """
 
 import pathlib
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import msgspec
 
 from cortex.core.errors import CheckpointError
+from cortex.neuron.models.hf_files import read_json
 
 SUPPORTED_MODEL_TYPES = ("llama", "qwen3_5", "qwen3_5_text")
-MAX_CONFIG_BYTES = 4 << 20
 
 _Positive = Annotated[int, msgspec.Meta(gt=0)]
 _Family = Literal["llama", "qwen3_5"]
@@ -93,6 +93,8 @@ class GenerationDefaults(msgspec.Struct, kw_only=True, frozen=True):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 class CheckpointConfig(msgspec.Struct, kw_only=True, frozen=True):
@@ -160,10 +162,9 @@ class _RawGeneration(msgspec.Struct, kw_only=True):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     eos_token_id: int | list[int] | None = None
-
-
-_Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
 
 def read_hf_config(directory: pathlib.Path) -> CheckpointConfig:
@@ -173,7 +174,7 @@ def read_hf_config(directory: pathlib.Path) -> CheckpointConfig:
         CheckpointError: a file is missing or malformed, or asks for what is not supported.
     """
     path = directory / "config.json"
-    raw = _read_json(path, _RawConfig)
+    raw = read_json(path, _RawConfig)
     model_type = raw.model_type
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise CheckpointError(
@@ -197,20 +198,6 @@ def read_hf_config(directory: pathlib.Path) -> CheckpointConfig:
     model = _model_config(text, family=family, tied=tied, path=path)
     generation = _generation_defaults(directory, [raw.eos_token_id, text.eos_token_id])
     return CheckpointConfig(model=model, generation=generation)
-
-
-def _read_json(path: pathlib.Path, kind: type[_Struct]) -> _Struct:
-    try:
-        with path.open("rb") as file:
-            body = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as exc:
-        raise CheckpointError(f"cannot read {path}: {exc.strerror}") from exc
-    if len(body) > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes: not a model's file")
-    try:
-        return msgspec.json.decode(body, type=kind, strict=False)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise CheckpointError(f"{path}: {exc}") from exc
 
 
 def _model_config(
@@ -354,13 +341,16 @@ def _generation_defaults(
     directory: pathlib.Path, eos_of_config: list[int | list[int] | None]
 ) -> GenerationDefaults:
     path = directory / "generation_config.json"
-    raw = _read_json(path, _RawGeneration) if path.exists() else _RawGeneration()
+    raw = read_json(path, _RawGeneration) if path.exists() else _RawGeneration()
     eos_ids: list[int] = []
     for entry in [*eos_of_config, raw.eos_token_id]:
         eos_ids.extend(entry if isinstance(entry, list) else [] if entry is None else [entry])
     return GenerationDefaults(
         eos_ids=tuple(dict.fromkeys(eos_ids)),
+        # An explicit `do_sample: false` means greedy.
         temperature=0.0 if raw.do_sample is False else raw.temperature,
         top_p=raw.top_p,
         top_k=raw.top_k,
+        min_p=raw.min_p,
+        repetition_penalty=raw.repetition_penalty,
     )

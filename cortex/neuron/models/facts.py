@@ -1,22 +1,20 @@
 """What the neuron wants to know of a checkpoint before an engine loads it; imports no torch."""
 
-import functools
 import math
 import pathlib
+from collections.abc import Iterable
 
 import msgspec
 
-from cortex.core.errors import CheckpointError
 from cortex.neuron.models.config import CheckpointConfig, read_hf_config
-from cortex.neuron.models.gguf_file import GgufFile, num_elements, read_gguf_config
-from cortex.neuron.models.hf_files import list_text_tensors
+from cortex.neuron.models.gguf_config import read_gguf_config
+from cortex.neuron.models.gguf_file import GgufTensor, read_gguf
+from cortex.neuron.models.hf_files import StoredTensor, list_text_tensors
 from cortex.neuron.models.source import ModelSource
-
-_MAX_REMEMBERED = 64
 
 
 class ModelFacts(msgspec.Struct, kw_only=True, frozen=True):
-    """A checkpoint's size, limits and generation defaults.
+    """A checkpoint's size and limits.
 
     `weight_bytes` and `num_parameters` count the text model's tensors as stored in the files.
     """
@@ -28,10 +26,6 @@ class ModelFacts(msgspec.Struct, kw_only=True, frozen=True):
     num_parameters: int
     kv_elements_per_token: int
     state_bytes_per_slot_f32: int
-    eos_ids: list[int]
-    default_temperature: float | None = None
-    default_top_p: float | None = None
-    default_top_k: int | None = None
 
 
 def describe(source: ModelSource) -> ModelFacts:
@@ -40,45 +34,29 @@ def describe(source: ModelSource) -> ModelFacts:
     Raises:
         CheckpointError: the checkpoint cannot be read or is not supported.
     """
+    config = read_config(source).model
     path = pathlib.Path(source.path)
-    if source.kind == "hf":
-        config = read_hf_config(path)
-        tensors = list_text_tensors(path)
-        return _facts(
-            config,
-            weight_bytes=sum(t.num_bytes for t in tensors.values()),
-            num_parameters=sum(math.prod(t.shape) for t in tensors.values()),
-        )
-    try:
-        status = path.stat()
-    except OSError as exc:
-        raise CheckpointError(f"cannot read {path}: {exc.strerror}") from exc
-    return _describe_gguf(path, status.st_mtime_ns, status.st_size)
-
-
-# Reading the vocabulary of a GGUF file takes seconds, so what was seen is kept until it changes.
-@functools.lru_cache(maxsize=_MAX_REMEMBERED)
-def _describe_gguf(path: pathlib.Path, _mtime_ns: int, _size: int) -> ModelFacts:
-    file = GgufFile(path)
-    return _facts(
-        read_gguf_config(file),
-        weight_bytes=sum(int(t.n_bytes) for t in file.tensors.values()),
-        num_parameters=sum(num_elements(t) for t in file.tensors.values()),
-    )
-
-
-def _facts(config: CheckpointConfig, *, weight_bytes: int, num_parameters: int) -> ModelFacts:
-    model, generation = config.model, config.generation
+    tensors: Iterable[StoredTensor | GgufTensor]
+    if source.kind == "gguf":
+        tensors = read_gguf(path).tensors.values()
+    else:
+        tensors = list_text_tensors(path).values()
     return ModelFacts(
-        family=model.family,
-        max_position_embeddings=model.max_position_embeddings,
-        vocab_size=model.vocab_size,
-        weight_bytes=weight_bytes,
-        num_parameters=num_parameters,
-        kv_elements_per_token=model.kv_elements_per_token,
-        state_bytes_per_slot_f32=4 * model.state_elements_per_slot,
-        eos_ids=list(generation.eos_ids),
-        default_temperature=generation.temperature,
-        default_top_p=generation.top_p,
-        default_top_k=generation.top_k,
+        family=config.family,
+        max_position_embeddings=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        weight_bytes=sum(each.num_bytes for each in tensors),
+        num_parameters=sum(math.prod(each.shape) for each in tensors),
+        kv_elements_per_token=config.kv_elements_per_token,
+        state_bytes_per_slot_f32=4 * config.state_elements_per_slot,
     )
+
+
+def read_config(source: ModelSource) -> CheckpointConfig:
+    """Return a checkpoint's configuration and generation defaults.
+
+    Raises:
+        CheckpointError: a file is missing or malformed, or asks for what is not supported.
+    """
+    path = pathlib.Path(source.path)
+    return read_gguf_config(read_gguf(path)) if source.kind == "gguf" else read_hf_config(path)

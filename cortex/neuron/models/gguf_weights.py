@@ -1,17 +1,19 @@
 """Tensors of a llama GGUF file, dequantised one at a time, under Hugging Face's names."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Final
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from cortex.core.errors import CheckpointError
 from cortex.neuron.models.config import ModelConfig
-from cortex.neuron.models.gguf_file import GgufFile, tensor_shape
+from cortex.neuron.models.gguf_file import GgufFile, GgufTensor
 
 _TOP: Final = {
     "embed_tokens.weight": "token_embd.weight",
@@ -45,12 +47,16 @@ _READABLE: Final = frozenset(
     }
 )
 
+# Numbers dequantised at a time, whole blocks of every kind: larger chunks leave the caches and
+# smaller ones, or one for each row, spend their time between numpy's calls.
+_CHUNK_VALUES = 1 << 18
+
 
 class GgufWeights:
     """The tensors of a GGUF file; see `WeightSource`.
 
     Args:
-        file: the open file.
+        file: its header.
         config: read from the same file.
         progress: called after each tensor with the bytes read and the bytes in all.
     """
@@ -62,7 +68,7 @@ class GgufWeights:
         self._config = config
         self._progress = progress
         self._bytes_done = 0
-        self._bytes_total = sum(int(t.n_bytes) for t in file.tensors.values())
+        self._bytes_total = sum(each.num_bytes for each in file.tensors.values())
 
     def __contains__(self, name: str) -> bool:
         """Whether the file has this tensor."""
@@ -78,29 +84,37 @@ class GgufWeights:
         stored = self._file.tensors.get(_gguf_name(name))
         if stored is None:
             raise CheckpointError(f"{self._file.path}: tensor {_gguf_name(name)!r} is missing")
-        stored_shape = tensor_shape(stored)
-        if stored_shape != shape:
+        if stored.shape != shape:
             raise CheckpointError(
-                f"{self._file.path}: tensor {stored.name!r} has shape {list(stored_shape)}, "
+                f"{self._file.path}: tensor {stored.name!r} has shape {list(stored.shape)}, "
                 f"the metadata ask for {list(shape)}"
             )
-        if stored.tensor_type not in _READABLE:
+        if stored.kind not in _READABLE:
             raise CheckpointError(
                 f"{self._file.path}: tensor {stored.name!r} is quantised as "
-                f"{stored.tensor_type.name}; supported are "
+                f"{stored.kind.name}; supported are "
                 + ", ".join(sorted(kind.name for kind in _READABLE))
             )
-        values = gguf.dequantize(stored.data, stored.tensor_type)
-        # What is stored in float32 comes back as a read-only view of the file.
-        values = np.require(values, dtype=np.float32, requirements=["W"])
+        values = _dequantize(self._file.read(stored), stored)
         tensor = torch.from_numpy(values).view(shape)
-        self._bytes_done += int(stored.n_bytes)
+        self._bytes_done += stored.num_bytes
         self._progress(self._bytes_done, self._bytes_total)
         if ".q_proj." in name:
             return _rotate_half_order(tensor, self._config.num_heads)
         if ".k_proj." in name:
             return _rotate_half_order(tensor, self._config.num_kv_heads)
         return tensor
+
+
+def _dequantize(data: npt.NDArray[np.uint8], stored: GgufTensor) -> npt.NDArray[np.float32]:
+    """Return a tensor's numbers, flat; by large chunks whatever the length of its rows."""
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[stored.kind]
+    values = np.empty(math.prod(stored.shape), dtype=np.float32)
+    step = _CHUNK_VALUES // block_size * block_bytes
+    for i, start in enumerate(range(0, data.size, step)):
+        chunk = values[i * _CHUNK_VALUES : (i + 1) * _CHUNK_VALUES]
+        chunk[:] = gguf.dequantize(data[start : start + step], stored.kind)
+    return values
 
 
 def _gguf_name(name: str) -> str:

@@ -1,12 +1,14 @@
-"""The tensors of a Hugging Face layout directory, from safetensors headers; imports no torch."""
+"""The files of a Hugging Face layout directory: JSON, safetensors headers; imports no torch."""
 
 import pathlib
+from typing import TypeVar
 
 import msgspec
 
 from cortex.core.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100 << 20
+MAX_JSON_BYTES = 16 << 20
 _LENGTH_BYTES = 8
 _INDEX_NAME = "model.safetensors.index.json"
 
@@ -35,7 +37,26 @@ class _Index(msgspec.Struct):
 
 _HEADER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ENTRY = msgspec.json.Decoder(_HeaderEntry)
-_INDEX = msgspec.json.Decoder(_Index)
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def read_json(path: pathlib.Path, kind: type[T]) -> T:
+    """Return what a checkpoint's JSON file says, as far as `kind` has fields for it.
+
+    Raises:
+        CheckpointError: the file is missing, too large or malformed.
+    """
+    try:
+        with path.open("rb") as file:
+            body = file.read(MAX_JSON_BYTES + 1)
+    except OSError as exc:
+        raise CheckpointError(f"cannot read {path}: {exc.strerror}") from exc
+    if len(body) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes: not a model's file")
+    try:
+        return msgspec.json.decode(body, type=kind, strict=False)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise CheckpointError(f"{path}: {exc}") from exc
 
 
 def list_text_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
@@ -74,7 +95,7 @@ def _list_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
                 "a checkpoint in safetensors format is needed"
             )
         return _read_header(files[0])
-    weight_map = _read_index(index)
+    weight_map = read_json(index, _Index).weight_map
     tensors: dict[str, StoredTensor] = {}
     for file_name in sorted(set(weight_map.values())):
         if pathlib.PurePath(file_name).name != file_name:
@@ -84,15 +105,6 @@ def _list_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
     if missing is not None:
         raise CheckpointError(f"{directory}: tensor {missing!r} is not in {weight_map[missing]}")
     return tensors
-
-
-def _read_index(index: pathlib.Path) -> dict[str, str]:
-    try:
-        return _INDEX.decode(index.read_bytes()).weight_map
-    except OSError as exc:
-        raise CheckpointError(f"cannot read {index}: {exc.strerror}") from exc
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise CheckpointError(f"{index}: {exc}") from exc
 
 
 def _read_header(file: pathlib.Path) -> dict[str, StoredTensor]:

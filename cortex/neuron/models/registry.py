@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 
 from cortex.neuron.models.base import CausalLM, WeightSource
-from cortex.neuron.models.config import ModelConfig, read_hf_config
-from cortex.neuron.models.gguf_file import GgufFile, read_gguf_config
+from cortex.neuron.models.config import ModelConfig
+from cortex.neuron.models.facts import read_config
+from cortex.neuron.models.gguf_file import read_gguf
 from cortex.neuron.models.gguf_weights import GgufWeights
 from cortex.neuron.models.llama import Llama
 from cortex.neuron.models.qwen3_5 import Qwen35
@@ -34,11 +35,9 @@ def load_causal_lm(
         CheckpointError: the checkpoint cannot be read or is not supported.
     """
     path = pathlib.Path(source.path)
+    config = read_config(source).model
     if source.kind == "gguf":
-        file = GgufFile(path)
-        config = read_gguf_config(file).model
-        return _build(config, GgufWeights(file, config, progress), device, dtype)
-    config = read_hf_config(path).model
+        return _build(config, GgufWeights(read_gguf(path), config, progress), device, dtype)
     with SafetensorsWeights(path, progress) as weights:
         return _build(config, weights, device, dtype)
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from cortex.core.errors import CheckpointError
-from cortex.neuron.chat.model import ChatModel, GenerationDefaults, load_chat_model
+from cortex.neuron.chat.model import ChatModel, load_chat_model
+from cortex.neuron.models.config import GenerationDefaults
 from cortex.neuron.models.source import ModelSource
 from tests.neuron.chat.test_tokenizer import smollm2_path
 from tests.support.chat_models import write_checkpoint
@@ -18,8 +19,11 @@ def load(directory: Path) -> ChatModel:
     return load_chat_model(source, model_id="m", cache_dir=directory / "cache")
 
 
-def change_config(directory: Path, **fields: Any) -> None:
-    (directory / "config.json").write_text(json.dumps(fields))
+def change_config(directory: Path, *, text: dict[str, Any], **fields: Any) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | fields
+    config["text_config"] |= text
+    path.write_text(json.dumps(config))
 
 
 def test_a_directory_gives_tokenizer_template_and_limits(tmp_path: Path) -> None:
@@ -41,12 +45,21 @@ def test_generation_config_gives_sampling_and_ends(tmp_path: Path) -> None:
             "temperature": 0.6,
             "top_p": 0.95,
             "top_k": 20,
+            "min_p": 0.05,
+            "repetition_penalty": 1.1,
             "eos_token_id": [2, 9],
             "transformers_version": "5",
         },
     )
     model = load(tmp_path)
-    assert model.defaults == GenerationDefaults(temperature=0.6, top_p=0.95, top_k=20)
+    assert model.defaults == GenerationDefaults(
+        eos_ids=(2, 9),
+        temperature=0.6,
+        top_p=0.95,
+        top_k=20,
+        min_p=0.05,
+        repetition_penalty=1.1,
+    )
     assert model.tokenizer.eos_ids == (0, 2, 9)
 
 
@@ -58,10 +71,7 @@ def test_sampling_switched_off_means_greedy(tmp_path: Path) -> None:
 def test_ends_in_either_config_count(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     change_config(
-        tmp_path,
-        eos_token_id=7,
-        max_position_embeddings=64,
-        text_config={"eos_token_id": [8], "max_position_embeddings": 128},
+        tmp_path, eos_token_id=7, text={"eos_token_id": [8], "max_position_embeddings": 128}
     )
     model = load(tmp_path)
     assert model.tokenizer.eos_ids == (0, 2, 7, 8)
@@ -69,9 +79,12 @@ def test_ends_in_either_config_count(tmp_path: Path) -> None:
 
 
 def test_a_flat_config_is_read(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path)
-    change_config(tmp_path, max_position_embeddings=64)
-    assert load(tmp_path).max_model_len == 64
+    path = write_checkpoint(tmp_path) / "config.json"
+    text = json.loads(path.read_text())["text_config"]
+    path.write_text(json.dumps({**text, "model_type": "qwen3_5_text", "eos_token_id": 9}))
+    model = load(tmp_path)
+    assert model.max_model_len == 4096
+    assert model.tokenizer.eos_ids == (0, 2, 9)
 
 
 def test_a_checkpoint_without_template_loads(tmp_path: Path) -> None:
@@ -82,7 +95,7 @@ def test_a_checkpoint_without_template_loads(tmp_path: Path) -> None:
     ("name", "text"),
     [
         ("config.json", "{"),
-        ("config.json", '{"max_position_embeddings": "long"}'),
+        ("config.json", '{"model_type": "mamba"}'),
         ("generation_config.json", "[]"),
         ("chat_template.jinja", "{% if %}"),
         ("tokenizer.json", "oops"),

@@ -290,5 +290,5 @@ def test_a_checkpoint_may_have_no_template(tmp_path: Path) -> None:
 
 def test_a_damaged_template_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 5}')
-    with pytest.raises(CheckpointError, match="chat template"):
+    with pytest.raises(CheckpointError, match="chat_template"):
         template_in_directory(tmp_path)

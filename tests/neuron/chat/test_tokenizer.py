@@ -9,12 +9,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from cortex.core.errors import CheckpointError
-from cortex.neuron.chat.gguf_metadata import read_gguf_metadata
 from cortex.neuron.chat.tokenizer import (
     ChatTokenizer,
     tokenizer_from_directory,
     tokenizer_from_gguf,
 )
+from cortex.neuron.models.gguf_file import read_gguf
 from tests.support.chat_models import make_tokenizer, train_tokenizer, write_checkpoint
 
 TEXTS = [
@@ -38,7 +38,7 @@ def smollm2_path() -> Path:
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
     path = smollm2_path()
     return tokenizer_from_gguf(
-        read_gguf_metadata(path), name=path.name, cache_dir=tmp_path_factory.mktemp("cache")
+        read_gguf(path).metadata, name=path.name, cache_dir=tmp_path_factory.mktemp("cache")
     )
 
 

