@@ -1,6 +1,8 @@
 """The `cortex` command: serve, neuron, up, status. Each command imports its half when it runs."""
 
 import asyncio
+import logging
+import os
 import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
@@ -189,8 +191,13 @@ def up(
     show_default=True,
     help="Base URL of a gateway.",
 )
+@click.option(
+    "--key",
+    envvar="CORTEX_API_KEY",
+    help="API key, where the gateway asks for one [CORTEX_API_KEY].",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def status(endpoint: str, as_json: bool) -> None:
+def status(endpoint: str, key: str | None, as_json: bool) -> None:
     """Show the nodes and models of a fleet.
 
     The exit code is 0 when all is well, 1 when a node or a resident model cannot serve, and 2
@@ -198,13 +205,20 @@ def status(endpoint: str, as_json: bool) -> None:
     """
     from cortex.gateway.status import fetch_status, print_status
 
-    report = asyncio.run(fetch_status(endpoint))
+    report = asyncio.run(fetch_status(endpoint, key))
     print_status(report, as_json=as_json)
     sys.exit(report.exit_code)
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Run a service to its end, then leave without waiting for worker threads.
+
+    One of them may be busy with a prompt that nobody waits for any more.
+    """
     asyncio.run(work)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 @contextmanager

@@ -29,6 +29,8 @@ from cortex.neuron.app import open_app
 OnReady = Callable[[str, str], Awaitable[None]]
 
 BUNDLED_MODEL = "cortex-tiny"
+# What ending takes beyond the drains: connections, engine processes.
+EXIT_S = 30.0
 
 
 class UpOptions(msgspec.Struct, kw_only=True, frozen=True):
@@ -90,7 +92,7 @@ async def run_gateway(config: GatewayConfig, catalogue: Catalogue) -> None:
     Raises:
         ConfigError, StartupError: it cannot start.
     """
-    shutdown = shutdown_on_signals()
+    shutdown = shutdown_on_signals(config.gateway.drain_s + EXIT_S)
     api, metrics = _bind_gateway(config)
     async with open_apps(config, catalogue) as apps:
         listeners = _gateway_listeners(apps, api, metrics)
@@ -103,7 +105,7 @@ async def run_neuron(config: NeuronConfig) -> None:
     Raises:
         ConfigError, StartupError: it cannot start.
     """
-    shutdown = shutdown_on_signals()
+    shutdown = shutdown_on_signals(_neuron_exit_s(config))
     bound = bind(config.host, config.port, "neuron")
     async with open_app(config) as app:
         listener = Listener(app=app, name="neuron", bound=bound)
@@ -120,7 +122,7 @@ async def run_both(gateway: GatewayConfig, neuron: NeuronConfig, on_ready: OnRea
     Raises:
         ConfigError, StartupError: one of them cannot start.
     """
-    shutdown = shutdown_on_signals()
+    shutdown = shutdown_on_signals(gateway.gateway.drain_s + _neuron_exit_s(neuron))
     api, metrics = _bind_gateway(gateway)
     inner = bind(neuron.host, neuron.port, "neuron")
     gateway_url, neuron_url = _url(api), _url(inner)
@@ -156,6 +158,11 @@ async def run_both(gateway: GatewayConfig, neuron: NeuronConfig, on_ready: OnRea
         guiding.cancel()
     if failure is not None:
         raise failure
+
+
+def _neuron_exit_s(config: NeuronConfig) -> float:
+    """Return the longest orderly end: requests drain, then each model, then its process ends."""
+    return 2 * config.harness.torch.drain_s + EXIT_S
 
 
 def _bind_gateway(config: GatewayConfig) -> tuple[socket.socket, socket.socket]:

@@ -11,12 +11,17 @@ T = TypeVar("T")
 
 _PATH = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
 _MISSING = re.compile(r"missing required field `([^`]+)`")
+# Half of a character outside the basic plane, as a client sends it that cut a text in an emoji.
+_LONE_SURROGATE = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
 # A cross-field check says which field it is about by beginning with its name.
 _FIRST_WORD = re.compile(r"([a-z]+(?:_[a-z]+)+|messages|stop|n|tools)\b")
 
 
 def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
-    """Decode a JSON body.
+    """Decode a JSON body; halves of surrogate pairs are read as the replacement character.
 
     Raises:
         MissingModelError: the object has no `model`.
@@ -29,6 +34,9 @@ def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     except msgspec.ValidationError as exc:
         raise _bad_request(str(exc)) from exc
     except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
+        whole = _LONE_SURROGATE.sub(rb"\\ufffd", body)
+        if whole != body:
+            return decode_body(decoder, whole)
         reason = str(exc) or "it is nested too deeply"
         what = "is empty" if not body.strip() else f"is not valid JSON: {reason}"
         raise MalformedJsonError(f"the request body {what}") from exc

@@ -3,8 +3,10 @@
 import asyncio
 import errno
 import logging
+import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -12,13 +14,16 @@ from typing import cast
 from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.config import Config
 from hypercorn.typing import Framework
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cortex.core.errors import StartupError
 
 BACKLOG = 4096
 KEEP_ALIVE_S = 75
 KEEP_ALIVE_REQUESTS = 1_000_000
+# Where in a request's scope the event lies that tells it to end now, in words.
+LAST_CALL = "cortex.last_call"
+LAST_CALL_S = 1.0
 
 _logger = logging.getLogger("cortex.http")
 
@@ -62,19 +67,38 @@ async def serve(
             bound.close()
         raise
     ports = [bound.getsockname()[1] for bound in sockets]
+    last_call = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
-        for listener, bound in zip(listeners, sockets, strict=True):
-            tasks.create_task(
-                hypercorn_serve(
-                    cast(Framework, listener.app),
-                    _config(bound, drain_s),
-                    shutdown_trigger=shutdown.wait,
-                    mode="asgi",
-                ),
-                name=f"serve {listener.name}",
-            )
-        if on_bound is not None:
-            on_bound(ports)
+        calling = tasks.create_task(_call_last(shutdown, last_call, drain_s), name="last call")
+        async with asyncio.TaskGroup() as servers:
+            for listener, bound in zip(listeners, sockets, strict=True):
+                servers.create_task(
+                    hypercorn_serve(
+                        cast(Framework, _with_last_call(listener.app, last_call)),
+                        _config(bound, drain_s),
+                        shutdown_trigger=shutdown.wait,
+                        mode="asgi",
+                    ),
+                    name=f"serve {listener.name}",
+                )
+            if on_bound is not None:
+                on_bound(ports)
+        calling.cancel()
+
+
+async def _call_last(shutdown: asyncio.Event, last_call: asyncio.Event, drain_s: float) -> None:
+    """Set `last_call` a moment before requests that are still open are cut off."""
+    await shutdown.wait()
+    await asyncio.sleep(max(drain_s - LAST_CALL_S, drain_s / 2))
+    last_call.set()
+
+
+def _with_last_call(app: ASGIApp, last_call: asyncio.Event) -> ASGIApp:
+    async def called(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[LAST_CALL] = last_call
+        await app(scope, receive, send)
+
+    return called
 
 
 def bind(host: str, port: int, name: str) -> socket.socket:
@@ -120,8 +144,13 @@ def _config(bound: socket.socket, drain_s: float) -> Config:
     return config
 
 
-def shutdown_on_signals() -> asyncio.Event:
-    """Return an event that SIGTERM or SIGINT sets; a second signal ends the process at once."""
+def shutdown_on_signals(limit_s: float) -> asyncio.Event:
+    """Return an event that SIGTERM or SIGINT sets; a second signal ends the process at once.
+
+    Args:
+        limit_s: how long after the signal the process may still be there; then it is ended,
+            since a thread may be stuck in a file system that no longer answers.
+    """
     event = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -132,7 +161,15 @@ def shutdown_on_signals() -> asyncio.Event:
             signal.raise_signal(number)
         _logger.info("received %s, draining", number.name)
         event.set()
+        watchdog = threading.Timer(limit_s, _give_up, (limit_s,))
+        watchdog.daemon = True
+        watchdog.start()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
     return event
+
+
+def _give_up(limit_s: float) -> None:
+    _logger.error("not ended %.0f s after the signal; exiting", limit_s)
+    os._exit(1)

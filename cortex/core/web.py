@@ -27,7 +27,9 @@ from cortex.core.errors import (
     InternalError,
     MethodNotAllowedError,
     RouteNotFoundError,
+    ShuttingDownError,
 )
+from cortex.core.serve import LAST_CALL
 
 T = TypeVar("T")
 Dialect = Literal["openai", "anthropic"]
@@ -46,6 +48,10 @@ _json = msgspec.json.Encoder()
 
 class _ClientGoneError(Exception):
     """Ends a task group when the client has left."""
+
+
+class _LastCallError(Exception):
+    """Ends a task group when the server is about to end."""
 
 
 def dialect_of(scope: Scope) -> Dialect:
@@ -111,7 +117,10 @@ def error_response(exc: CortexError, dialect: Dialect) -> Response:
 
 
 class ErrorMiddleware:
-    """Render every error that leaves a handler before the response has begun."""
+    """Render every error that leaves a handler before the response has begun.
+
+    A trailing slash of the path is dropped on the way in.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -121,6 +130,8 @@ class ErrorMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["path"].endswith("/") and scope["path"] != "/":
+            scope["path"] = scope["path"].rstrip("/")
         started = False
 
         async def watched_send(message: Message) -> None:
@@ -181,13 +192,19 @@ class EventStream:
             async with asyncio.TaskGroup() as tasks:
                 watcher = tasks.create_task(_watch(receive), name="client watch")
                 pump = tasks.create_task(self._pump(scope["path"]), name="stream pump")
+                ending = tasks.create_task(self._end_on_last_call(scope, pump), name="last call")
                 early = await self._relay(send)
-                pump.cancel()
-                watcher.cancel()
+                for task in (pump, watcher, ending):
+                    task.cancel()
         except* _ClientGoneError:
             _logger.debug("client left %s", scope["path"])
         if early is not None:
             raise early
+
+    async def _end_on_last_call(self, scope: Scope, pump: asyncio.Task[None]) -> None:
+        await _last_call(scope)
+        pump.cancel()
+        await self._chunks.put(_shutting_down())
 
     async def _pump(self, path: str) -> None:
         last: CortexError | None = None
@@ -253,20 +270,45 @@ async def _watch(receive: Receive) -> None:
             raise _ClientGoneError
 
 
+async def _last_call(scope: Scope) -> None:
+    """Wait until the server says that what is open is about to be cut off."""
+    event: asyncio.Event = scope.get(LAST_CALL) or asyncio.Event()
+    await event.wait()
+
+
+def _shutting_down() -> ShuttingDownError:
+    return ShuttingDownError("the server is shutting down; try again", retry_after_s=15)
+
+
+async def _raise_on_last_call(scope: Scope) -> None:
+    await _last_call(scope)
+    raise _LastCallError
+
+
 async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`, cancelling it if the client leaves first (the body must have been read)."""
+    """Await `work`, cancelling it if the client leaves first (the body must have been read).
+
+    Raises:
+        ShuttingDownError: the server ends and `work` would be cut off.
+    """
     outcome: list[T] = []
     failure: Exception | None = None
     try:
         async with asyncio.TaskGroup() as tasks:
-            watcher = tasks.create_task(_watch(request.receive), name="client watch")
+            watchers = [
+                tasks.create_task(_watch(request.receive), name="client watch"),
+                tasks.create_task(_raise_on_last_call(request.scope), name="last call"),
+            ]
             try:
                 outcome.append(await work)
             except Exception as exc:  # noqa: BLE001  carried out of the task group unwrapped
                 failure = exc
-            watcher.cancel()
+            for watcher in watchers:
+                watcher.cancel()
     except* _ClientGoneError:
         failure = ClientDisconnect()
+    except* _LastCallError:
+        failure = _shutting_down()
     if failure is not None:
         raise failure
     return outcome[0]
@@ -285,8 +327,11 @@ async def _raise_http_error(request: Request, exc: Exception) -> Response:
 
 def build_app(routes: Iterable[BaseRoute]) -> ASGIApp:
     """Return a Starlette app over `routes` whose every error speaks the caller's dialect."""
-    return Starlette(
+    app = Starlette(
         routes=list(routes),
         middleware=[Middleware(ErrorMiddleware)],
         exception_handlers={HTTPException: _raise_http_error},
     )
+    # Not every client follows a redirect of a POST; the middleware drops trailing slashes.
+    app.router.redirect_slashes = False
+    return app

@@ -82,7 +82,9 @@ class StreamMeter:
 
     def feed(self, chunk: bytes) -> None:
         """Note a chunk that goes by."""
-        self._last_s = self._clock()
+        if not _is_comment(chunk):
+            # A comment only says that the node is there, not that it gets on.
+            self._last_s = self._clock()
         self._tail.append(chunk)
         if self._first_s is None:
             if _CONTENT.search(self._overlap + chunk) is None:
@@ -93,6 +95,16 @@ class StreamMeter:
             # The role chunk may have come along.
             self._num_deltas -= chunk.count(_NO_CONTENT)
         self._num_deltas += chunk.count(_DELTA)
+
+    @property
+    def has_content(self) -> bool:
+        """Whether the first content token went by."""
+        return self._first_s is not None
+
+    @property
+    def silent_s(self) -> float:
+        """How long no event has come, comments aside."""
+        return self._clock() - self._last_s
 
     @property
     def has_ended(self) -> bool:
@@ -117,6 +129,11 @@ class StreamMeter:
 
     def _tail_bytes(self) -> bytes:
         return b"".join(self._tail)[-MAX_TAIL_BYTES:]
+
+
+def _is_comment(chunk: bytes) -> bool:
+    # A chunk may also begin in the middle of `data: {`.
+    return chunk.startswith(b": ") and chunk[2:3] != b"{" and b"data:" not in chunk
 
 
 def note_usage(timing: RequestTiming, usage: Usage) -> None:
@@ -150,10 +167,10 @@ def _usage_in(tail: bytes) -> Usage | None:
 class Exchange:
     """An answer that is being streamed; made by `Proxy.open`, to be closed by its user."""
 
-    def __init__(self, lease: Lease, reply: Reply, stall_s: float, meter: StreamMeter) -> None:
+    def __init__(self, lease: Lease, reply: Reply, limits: Limits, meter: StreamMeter) -> None:
         self._lease = lease
         self._reply = reply
-        self._stall_s = stall_s
+        self._limits = limits
         self._meter = meter
         self._closed = False
         self.first = b""
@@ -187,12 +204,14 @@ class Exchange:
         Raises:
             UpstreamConnectionError: the node broke off or fell silent.
         """
+        limits = self._limits
+        limit_s = limits.stall_s if self._meter.has_content else limits.first_token_s
         try:
-            async with asyncio.timeout(self._stall_s):
+            async with asyncio.timeout(max(0.0, limit_s - self._meter.silent_s)):
                 chunk = await self._reply.read_chunk()
         except TimeoutError as exc:
             raise UpstreamConnectionError(
-                f"node {self._reply.node} sent nothing for {self._stall_s:g} s"
+                f"node {self._reply.node} sent no token for {limit_s:g} s"
             ) from exc
         if chunk:
             self._meter.feed(chunk)
@@ -237,7 +256,7 @@ class Proxy:
                     raise UpstreamMalformedError(
                         f"node {serve.node} did not answer with an event stream"
                     )
-                exchange = Exchange(lease, reply, self._limits.stall_s, meter)
+                exchange = Exchange(lease, reply, self._limits, meter)
                 await exchange.read_first()
         except TimeoutError as exc:
             _abandon(lease, reply)

@@ -154,8 +154,8 @@ class Library:
             return replace(entry, error=exc)
 
     def _candidates(self) -> Iterator[Entry]:
-        for model_id, path in self._models.items():
-            yield Entry(id=model_id, source=_named_source(path))
+        for model_id, named in self._models.items():
+            yield Entry(id=model_id, source=_named_source(named))
         if self._bundled is not None:
             source = detect(self._bundled)
             if source is not None:

@@ -48,6 +48,7 @@ class Scene:
         self.closed = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.entered = asyncio.Event()
+        self.shutdown = asyncio.Event()
 
     def routes(self) -> list[Route]:
         return [
@@ -122,14 +123,13 @@ class Scene:
 async def serving(scene: Scene) -> AsyncIterator[tuple[aiohttp.ClientSession, str]]:
     bound = bind("127.0.0.1", 0, "test")
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-    shutdown = asyncio.Event()
     listener = Listener(app=build_app(scene.routes()), name="test", bound=bound)
     async with asyncio.TaskGroup() as tasks, aiohttp.ClientSession() as session:
-        tasks.create_task(serve([listener], shutdown=shutdown, drain_s=1))
+        tasks.create_task(serve([listener], shutdown=scene.shutdown, drain_s=0.5))
         try:
             yield session, url
         finally:
-            shutdown.set()
+            scene.shutdown.set()
 
 
 @pytest.fixture
@@ -250,6 +250,46 @@ async def test_a_client_that_leaves_cancels_a_plain_request(scene: Scene):
             await scene.entered.wait()
             asking.cancel()
             await scene.cancelled.wait()
+
+
+async def test_a_stream_that_is_still_open_at_the_end_of_the_drain_ends_in_an_error_event(
+    scene: Scene,
+):
+    async with serving(scene) as (session, url):
+        async with session.get(f"{url}/stream/endless") as reply:
+            await reply.content.readline()
+            scene.shutdown.set()
+            rest = await reply.content.read()
+    assert b'"code":"shutting_down"' in rest
+
+
+async def test_a_plain_request_that_is_still_open_at_the_end_of_the_drain_gets_a_503(scene: Scene):
+    async with serving(scene) as (session, url), asyncio.TaskGroup() as tasks:
+        asking = tasks.create_task(answer_of(session, f"{url}/wait"))
+        await scene.entered.wait()
+        scene.shutdown.set()
+    assert asking.result() == (503, "shutting_down")
+
+
+async def answer_of(session: aiohttp.ClientSession, url: str) -> tuple[int, str]:
+    async with session.post(url, data=b"{}") as reply:
+        return reply.status, (await reply.json())["error"]["code"]
+
+
+@pytest.mark.parametrize("path", ["/echo/", "/echo//?beta=true"])
+async def test_a_trailing_slash_is_no_other_route(scene: Scene, path: str):
+    async with serving(scene) as (session, url):
+        async with session.post(url + path, data=b'{"model": "a"}') as reply:
+            assert reply.status == 200
+
+
+@pytest.mark.parametrize("half", [rb"\ud83d", rb"\udc4b", rb"x\uD83D\u0041"])
+def test_half_a_surrogate_pair_is_read_as_the_replacement_character(half: bytes):
+    assert "\ufffd" in decode_body(DECODER, b'{"model": "' + half + b'"}').model
+
+
+def test_a_whole_surrogate_pair_is_the_character_it_stands_for():
+    assert decode_body(DECODER, rb'{"model": "\ud83d\udc4b"}').model == "\U0001f44b"
 
 
 def test_a_taken_port_is_named_with_the_way_out():

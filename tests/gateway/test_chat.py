@@ -1,12 +1,17 @@
 """OpenAI chat through a whole gateway: bytes through, errors in the envelope."""
 
 import asyncio
+import time
 
 import msgspec
 import pytest
 
 from cortex.core.catalogue import Catalogue
+from cortex.core.errors import UpstreamConnectionError
 from cortex.core.openai import KEEPALIVE
+from cortex.gateway.fleet import Fleet
+from cortex.gateway.metrics import RequestTiming
+from cortex.gateway.proxy import Exchange, Limits, StreamMeter
 from tests.support.gateway import run_gateway
 from tests.support.mock_neuron import MockModel, MockNeuron
 
@@ -245,14 +250,39 @@ async def test_an_error_event_of_the_node_is_the_streams_last_word() -> None:
             assert "[DONE]" not in text
 
 
-async def test_a_stream_that_falls_silent_ends_in_an_error_event() -> None:
+async def test_a_stream_without_a_first_token_ends_in_an_error_event() -> None:
     model = MockModel("m", "loaded", token_gate=asyncio.Event())
     async with MockNeuron(model) as neuron:
-        async with run_gateway({"a": neuron.endpoint}, stall_s=0.05) as gateway:
+        async with run_gateway({"a": neuron.endpoint}, first_token_s=0.2) as gateway:
             text = await (await gateway.chat(stream=True)).text()
-            assert "node a sent nothing for 0.05 s" in text
+            assert "node a sent no token for 0.2 s" in text
             assert "[DONE]" not in text
             await neuron.until(lambda: model.in_flight == 0)
+
+
+class CommentingReply:
+    """A node that says it is there, and nothing else."""
+
+    node = "a"
+
+    async def read_chunk(self) -> bytes:
+        await asyncio.sleep(0.005)
+        return KEEPALIVE
+
+
+async def test_a_stream_that_only_gets_comments_after_a_token_is_given_up() -> None:
+    meter = StreamMeter(RequestTiming(model="m"), time.monotonic(), time.monotonic)
+    meter.feed(b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n')
+    lease = Fleet([("a", "http://a")]).lease("a", "m")
+    limits = Limits(first_token_s=60, stall_s=0.05)
+    exchange = Exchange(lease, CommentingReply(), limits, meter)  # type: ignore[arg-type]
+
+    async def read_on() -> None:
+        while True:
+            await exchange.next_chunk()
+
+    with pytest.raises(UpstreamConnectionError, match=r"sent no token for 0\.05 s"):
+        await read_on()
 
 
 async def test_a_node_that_never_answers_is_given_up_after_the_first_token_limit() -> None:
