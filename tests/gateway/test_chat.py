@@ -250,12 +250,12 @@ async def test_an_error_event_of_the_node_is_the_streams_last_word() -> None:
             assert "[DONE]" not in text
 
 
-async def test_a_stream_without_a_first_token_ends_in_an_error_event() -> None:
+async def test_a_stream_that_falls_silent_ends_in_an_error_event() -> None:
     model = MockModel("m", "loaded", token_gate=asyncio.Event())
     async with MockNeuron(model) as neuron:
-        async with run_gateway({"a": neuron.endpoint}, first_token_s=0.2) as gateway:
+        async with run_gateway({"a": neuron.endpoint}, stall_s=0.05) as gateway:
             text = await (await gateway.chat(stream=True)).text()
-            assert "node a sent no token for 0.2 s" in text
+            assert "node a sent no token for 0.05 s" in text
             assert "[DONE]" not in text
             await neuron.until(lambda: model.in_flight == 0)
 
