@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,35 @@ def cortex_up(tmp: Path, *arguments: str) -> Iterator[Cortex]:
         reader.join(5)
         assert process.stdout is not None
         process.stdout.close()
+
+
+@contextlib.contextmanager
+def cortex_process(tmp: Path, url: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a `cortex` service until it answers on `url`; SIGTERM ends it cleanly."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cortex", *arguments], env=environment(tmp), start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + READY_S
+        while not answers(url):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield process
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(STOP_S) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def answers(url: str) -> bool:
+    """Whether anything listens at a URL."""
+    host, _, port = url.removeprefix("http://").partition("/")[0].partition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
 
 
 def run_cortex(tmp: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
