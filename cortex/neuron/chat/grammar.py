@@ -22,7 +22,7 @@ from cortex.neuron.engine.protocol import Constraint
 MAX_GRAMMAR_CHARS = 2 << 20
 MAX_PARAMETERS = 4096  # over all tools
 MAX_PARAMETER_NAME_CHARS = 256
-MAX_ENUM_VALUES = 1000  # a longer enumeration is free text
+MAX_ENUM_VALUES = 256  # a longer enumeration is free text
 MAX_FORCED_CALLS = 8
 _CHECKED_GRAMMARS = 32
 # Parametric rules hold a set of at most 64 bits.
@@ -265,6 +265,11 @@ class _ToolRules:
         if self._num_parameters > MAX_PARAMETERS:
             raise BadRequestError(
                 f"tools declare more than {MAX_PARAMETERS} parameters", param="tools"
+            )
+        if "" in properties:
+            raise BadRequestError(
+                "a tool has a parameter without a name, which this model cannot write",
+                param="tools",
             )
         if any(len(name) > MAX_PARAMETER_NAME_CHARS for name in properties):
             raise BadRequestError(

@@ -43,9 +43,28 @@ def _at_pointer(ref: str, root: Schema) -> Any:
     return place
 
 
-def json_types(schema: Any, root: Schema, depth: int = 0) -> frozenset[str]:
+def json_types(schema: Any, root: Schema) -> frozenset[str]:
     """Return the JSON types a schema allows; empty means any."""
+    return _json_types(schema, root, {}, 0)
+
+
+def _json_types(
+    schema: Any, root: Schema, known: dict[int, frozenset[str]], depth: int
+) -> frozenset[str]:
+    """As `json_types`; `known` has what was looked at already, so that each schema costs once."""
     schema = resolve(schema, root)
+    if not schema:
+        return frozenset()
+    if id(schema) not in known:
+        # A schema that refers to itself reads as any in there.
+        known[id(schema)] = frozenset()
+        known[id(schema)] = _types_of(schema, root, known, depth)
+    return known[id(schema)]
+
+
+def _types_of(
+    schema: Schema, root: Schema, known: dict[int, frozenset[str]], depth: int
+) -> frozenset[str]:
     declared = schema.get("type")
     if isinstance(declared, str):
         return frozenset([declared])
@@ -57,7 +76,7 @@ def json_types(schema: Any, root: Schema, depth: int = 0) -> frozenset[str]:
     for key in ("anyOf", "oneOf"):
         options = schema.get(key)
         if isinstance(options, list) and options and depth < _MAX_REF_DEPTH:
-            found = [json_types(option, root, depth + 1) for option in options]
+            found = [_json_types(option, root, known, depth + 1) for option in options]
             return frozenset[str]().union(*found) if all(found) else frozenset()
     if isinstance(schema.get("properties"), dict):
         return frozenset(["object"])

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from cortex.core.errors import EngineDiedError
+from cortex.core.errors import BadRequestError, EngineDiedError
 from cortex.core.openai import (
     AssistantMessage,
     ChatCompletion,
@@ -72,6 +72,10 @@ class _ChoiceReader:
         piece = _Piece()
         if self.finish_reason is not None:
             return piece
+        if event.is_refusal:
+            raise BadRequestError(
+                f"the request cannot be answered: {event.error}; check response_format and tools"
+            )
         if event.finish in ("error", "cancelled"):
             reason = event.error or "the engine ended it before it was complete"
             raise EngineDiedError(f"the answer could not be completed: {reason}; try again")

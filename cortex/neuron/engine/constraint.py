@@ -102,12 +102,21 @@ class ConstraintCompiler:
         matcher = self._matchers.get((constraint.lark, key))
         if matcher is None:
             matcher = LLMatcher(self._tokenizer(key), constraint.lark, log_level=0)
-            if matcher.is_error():
-                raise ConstraintError(f"the grammar is not valid: {matcher.get_error().strip()}")
+            self._check(matcher)
             self._matchers[constraint.lark, key] = matcher
             _trim(self._matchers, MAX_GRAMMARS)
         self._matchers.move_to_end((constraint.lark, key))
         return ConstraintState(constraint, matcher.deep_copy())
+
+    def _check(self, matcher: LLMatcher) -> None:
+        """Raise what is wrong with a grammar; some faults show only with the first mask."""
+        trial = matcher.deep_copy()
+        if not trial.is_error():
+            row = np.zeros(-(-self._vocab_size // 32), dtype=np.int32)
+            trial.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if trial.is_error():
+            message = trial.get_error().strip().split("\n", 1)[0]
+            raise ConstraintError(f"the grammar is not valid: {message}")
 
     def _tokenizer(self, key: TokenizerKey) -> LLTokenizer:
         tokenizer = self._tokenizers.get(key)

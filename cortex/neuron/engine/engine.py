@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from cortex.core.errors import CortexError
+from cortex.core.errors import BadRequestError, CortexError
 from cortex.neuron.engine.constraint import ConstraintCompiler
 from cortex.neuron.engine.protocol import (
     EngineStats,
@@ -84,6 +84,7 @@ class Engine:
             _log.error("request %d is running already: ignored", submit.request_id)
             return
         problem = self._problem(submit)
+        is_refusal = problem is not None
         if problem is None:
             try:
                 sequence = self._sequence(submit)
@@ -91,9 +92,15 @@ class Engine:
                 self._sequences[submit.request_id] = sequence
             except CortexError as exc:
                 problem = exc.message
+                is_refusal = isinstance(exc, BadRequestError)
         if problem is not None:
             self._events.append(
-                TokenEvent(request_id=submit.request_id, finish="error", error=problem)
+                TokenEvent(
+                    request_id=submit.request_id,
+                    finish="error",
+                    error=problem,
+                    is_refusal=is_refusal,
+                )
             )
 
     def cancel(self, request_id: int) -> None:
@@ -185,7 +192,7 @@ class Engine:
             finish = sequence.append(token_id)
             constraint = sequence.constraint
             if constraint is not None and constraint.error is not None:
-                self._end(sequence, "error", error=constraint.error)
+                self._end(sequence, "error", error=constraint.error, is_refusal=True)
                 continue
             logprob = sampled.logprobs.get(row)
             self._emit(sequence, token_id, finish, logprob)
@@ -221,9 +228,15 @@ class Engine:
                 self._runner.scrub(chunk.sequence)
             self._end(chunk.sequence, "error", error=error)
 
-    def _end(self, sequence: Sequence, finish: FinishReason, *, error: str) -> None:
+    def _end(
+        self, sequence: Sequence, finish: FinishReason, *, error: str, is_refusal: bool = False
+    ) -> None:
         self._remove(sequence)
-        self._events.append(TokenEvent(request_id=sequence.request_id, finish=finish, error=error))
+        self._events.append(
+            TokenEvent(
+                request_id=sequence.request_id, finish=finish, error=error, is_refusal=is_refusal
+            )
+        )
 
     def _remove(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]

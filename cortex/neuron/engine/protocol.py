@@ -123,13 +123,15 @@ class TokenEvent(msgspec.Struct, kw_only=True, frozen=True):
     """New tokens of one sequence, or its end.
 
     A stop token that ended the sequence is included in `token_ids`. `cached_tokens` counts
-    prompt tokens taken from a prefix cache.
+    prompt tokens taken from a prefix cache. `is_refusal` goes with an error for which the
+    request is to blame: it would end the same way again.
     """
 
     request_id: int
     token_ids: list[int] = []
     finish: FinishReason | None = None
     error: str | None = None
+    is_refusal: bool = False
     logprobs: list[Logprob] | None = None
     cached_tokens: int = 0
 

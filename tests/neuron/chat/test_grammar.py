@@ -228,14 +228,14 @@ def test_a_tool_of_very_many_parameters_takes_them_in_declared_order(checker: Ch
     assert not checker.accepts(constraint, call("f", p1="a"))
 
 
-ODD = ['a"b', "a>b", "a\\b", "</function>", "%json {}", "é 🎉", "a\nb", "<[5]>", "/x/", "#", ""]
+ODD = ['a"b', "a>b", "a\\b", "</function>", "%json {}", "é 🎉", "a\nb", "<[5]>", "/x/", "#"]
 
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_names_are_literal(checker: Checker, name: str) -> None:
-    declared = tools(tool(name or "f", {"properties": {name: {"type": "string"}}}))
+    declared = tools(tool(name, {"properties": {name: {"type": "string"}}}))
     constraint = optional_calls(declared, checker.markers())
-    assert checker.accepts(constraint, call(name or "f", **{name: "x"}))
+    assert checker.accepts(constraint, call(name, **{name: "x"}))
 
 
 @pytest.mark.parametrize(
@@ -272,6 +272,11 @@ def test_too_many_parameters_are_refused(checker: Checker) -> None:
     assert caught.value.param == "tools"
 
 
+def test_a_parameter_without_a_name_is_refused(checker: Checker) -> None:
+    with pytest.raises(BadRequestError, match="without a name"):
+        forced_calls(tools(tool("f", {"properties": {"": {}}})), checker.markers())
+
+
 def test_an_endless_parameter_name_is_refused(checker: Checker) -> None:
     with pytest.raises(BadRequestError, match="over 256 characters"):
         optional_calls(tools(tool("f", {"properties": {"x" * 257: {}}})), checker.markers())
@@ -281,7 +286,7 @@ def test_an_absurdly_large_grammar_is_refused(
     checker: Checker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grammar_module, "MAX_GRAMMAR_CHARS", 3000)
-    values = [f"value {at}" for at in range(900)]
+    values = [f"a rather long value {at}" for at in range(250)]
     with pytest.raises(BadRequestError, match="over 3000 characters"):
         optional_calls(tools(tool("f", {"properties": {"v": {"enum": values}}})), checker.markers())
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cortex.core.errors import EngineDiedError
+from cortex.core.errors import BadRequestError, EngineDiedError
 from cortex.core.openai import read_usage_comment
 from cortex.neuron.chat.model import ChatModel
 from cortex.neuron.chat.prepare import Prepared, prepare
@@ -236,6 +236,13 @@ def test_choices_are_told_apart_and_counted_together(model: ChatModel) -> None:
     total = len(first[0].token_ids) + len(second[0].token_ids)
     assert stream.usage().completion_tokens == total
     assert stream.usage().prompt_tokens == len(prepared.prompt_ids)
+
+
+def test_an_answer_that_the_engine_refuses_is_the_requests_fault(model: ChatModel) -> None:
+    stream = make_stream(prepare(chat_request(**NO_THINKING), model))
+    refused = TokenEvent(request_id=1, finish="error", error="no such grammar", is_refusal=True)
+    with pytest.raises(BadRequestError, match="no such grammar"):
+        stream.feed(0, refused)
 
 
 @pytest.mark.parametrize("finish", ["error", "cancelled"])
