@@ -43,6 +43,9 @@ BILLING_PREFIX = "x-anthropic-billing-header"
 # nothing to verify: the value only says where the block is from.
 SIGNATURE = "Y29ydGV4"
 
+# Blocks of the other dialect: their content would be lost in silence.
+_FOREIGN_BLOCKS = frozenset(["image_url", "input_image", "input_audio", "input_text", "file"])
+
 _STOP_REASONS = {"length": "max_tokens", "content_filter": "refusal"}
 
 
@@ -110,10 +113,18 @@ def _messages(request: Conversation, drop_billing_header: bool) -> list[Message]
 def _system_text(system: str | list[Block] | None, drop_billing_header: bool) -> str:
     if system is None:
         return ""
-    texts = [system] if isinstance(system, str) else [block.text or "" for block in system]
+    texts = [system] if isinstance(system, str) else [_text_of(block) for block in system]
     if drop_billing_header:
         texts = [_without_billing(text) for text in texts]
     return "\n".join(text for text in texts if text)
+
+
+def _text_of(block: Block) -> str:
+    if block.type != "text" or block.text is None:
+        raise BadRequestError(
+            f"system text is made of text blocks with `text`, not of '{block.type}'", param="system"
+        )
+    return block.text
 
 
 def _without_billing(text: str) -> str:
@@ -183,6 +194,12 @@ def _user_parts(block: Block) -> list[Part]:
         return [_image_part(block.source)]
     if block.type == "document" and isinstance(block.source, Source):
         return _document_parts(block.source, block.title)
+    if block.type in _FOREIGN_BLOCKS or (block.type == "text" and block.text is None):
+        raise BadRequestError(
+            f"a content block of type '{block.type}' without what it needs in this dialect: text "
+            "stands in `text`, an image in a block of type image with a `source`",
+            param="content",
+        )
     if block.text:
         return [TextPart(text=block.text)]
     return _content_parts(block.content)

@@ -17,6 +17,7 @@ from cortex.core.config import NeuronConfig, child_environment, user_cache_dir
 from cortex.neuron.activation import Activator
 from cortex.neuron.chat.model import ChatModel, load_chat_model
 from cortex.neuron.discovery import Monitor, NvmlProbe, Probe
+from cortex.neuron.engine_client import sweep_sockets
 from cortex.neuron.handlers import Handlers
 from cortex.neuron.hub import Hub
 from cortex.neuron.inference import Inference
@@ -47,6 +48,7 @@ async def open_app(
         probe: access to the devices; NVML and /proc by default.
     """
     clock = time.monotonic
+    await asyncio.to_thread(sweep_sockets)
     torch = config.harness.torch
     monitor = Monitor(probe or NvmlProbe())
     await asyncio.to_thread(monitor.start)

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -55,9 +56,21 @@ KILL_S = 10.0
 MAX_QUEUED_EVENTS = 8192
 MAX_LOG_LINE_BYTES = 64 << 10
 LAST_LINES = 20
+SOCKET_DIR_PREFIX = "cortex-engine-"
+SOCKET_NAME = "engine.sock"
 
 _logger = logging.getLogger(__name__)
 _output = logging.getLogger("cortex.engine")
+
+
+def sweep_sockets() -> None:
+    """Remove socket directories that neurons left which were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SOCKET_DIR_PREFIX}*"):
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(folder / SOCKET_NAME))
+            except ConnectionRefusedError:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class Generation:
@@ -175,8 +188,8 @@ class EngineClient:
         Raises:
             LoadFailedError: no process could be started.
         """
-        folder = tempfile.mkdtemp(prefix="cortex-")
-        socket_path = str(Path(folder, "engine.sock"))
+        folder = tempfile.mkdtemp(prefix=SOCKET_DIR_PREFIX)
+        socket_path = str(Path(folder, SOCKET_NAME))
         try:
             server = await asyncio.start_unix_server(self._accept, socket_path, backlog=1)
         except OSError:
@@ -261,9 +274,15 @@ class EngineClient:
         """Return how long an engine with open requests has reported nothing; 0 without any."""
         return self._clock() - self._heard_s if self._generations else 0.0
 
-    async def stop(self, *, grace_s: float) -> None:
-        """End the process: ask, then SIGTERM, then SIGKILL; return when it is gone."""
+    async def stop(self, *, grace_s: float, error: CortexError | None = None) -> None:
+        """End the process: ask, then SIGTERM, then SIGKILL; return when it is gone.
+
+        Args:
+            error: what requests that are still open end with.
+        """
         self._stopping = True
+        if error is not None:
+            self._fail_all(error)
         if self._process is None:
             return
         if self._is_linked():
@@ -355,9 +374,11 @@ class EngineClient:
     def _finish(self) -> None:
         if not self._stopping:
             _logger.warning("engine ended", extra={**self._fields(), "cause": self.cause_of_death})
-        self._fail_all()
+        self._fail_all(self._death())
         if self._outcome is not None and not self._outcome.done():
             self._outcome.set_exception(self._load_error())
+            # Whoever loads may have seen the end already, and then asks for no outcome.
+            self._outcome.exception()
         self.ended.set()
         self._connected.set()
         if self._on_end is not None:
@@ -397,7 +418,7 @@ class EngineClient:
             self._signal(signal.SIGKILL)
         # Whoever waits for tokens need not wait for the process to be reaped.
         self._hung_up = True
-        self._fail_all()
+        self._fail_all(self._death())
         try:
             async with asyncio.timeout(EXIT_S):
                 await process.wait()
@@ -437,10 +458,10 @@ class EngineClient:
         if self._generations.pop(request_id, None) is not None:
             self._send(Cancel(request_id=request_id))
 
-    def _fail_all(self) -> None:
+    def _fail_all(self, error: CortexError) -> None:
         failed, self._generations = self._generations, {}
         for generation, _ in failed.values():
-            generation._fail(self._death())  # noqa: SLF001  two halves of one
+            generation._fail(error)  # noqa: SLF001  two halves of one
 
     def _death(self) -> EngineDiedError:
         return EngineDiedError(

@@ -215,7 +215,7 @@ class Lifecycle:
             raise self._not_resident(request.model_id)
         while True:
             if self._is_closing:
-                raise ShuttingDownError("this neuron is shutting down", retry_after_s=15)
+                raise _shutting_down()
             model = self._models.setdefault(request.model_id, Model(id=request.model_id))
             effects = self._apply(model, LoadAsked(now_s=self._clock()))
             if Effect.WAIT_FOR_END in effects:
@@ -468,7 +468,8 @@ class Lifecycle:
                 "drain took too long; ending the engine",
                 extra={"model": model.id, "in_flight": model.in_flight},
             )
-        await engine.stop(grace_s=ENGINE_STOP_S)
+        error = _shutting_down() if self._is_closing else unloading_error(model)
+        await engine.stop(grace_s=ENGINE_STOP_S, error=error)
         _logger.info("unloaded", extra={"model": model.id})
 
     async def _locate(self, model_id: str, request: LoadRequest, job: Job) -> Entry:
@@ -604,3 +605,7 @@ class Lifecycle:
             await self.unload(model_id)
         except ModelNotFoundError:
             return
+
+
+def _shutting_down() -> ShuttingDownError:
+    return ShuttingDownError("this neuron is shutting down", retry_after_s=15)

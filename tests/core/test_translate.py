@@ -372,3 +372,20 @@ def test_arguments_are_always_an_object_and_never_lost(arguments: Any, wanted: d
 def test_an_answer_without_choices_is_malformed():
     with pytest.raises(UpstreamMalformedError):
         from_openai(msgspec.structs.replace(completion(content=""), choices=[]), "m")
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}},
+        {"type": "text"},
+    ],
+)
+def test_a_block_of_the_other_dialect_or_without_its_text_is_refused(block: dict[str, Any]):
+    with pytest.raises(BadRequestError, match=block["type"]):
+        messages({"role": "user", "content": [block]})
+
+
+def test_a_system_block_that_is_no_text_is_refused():
+    with pytest.raises(BadRequestError, match="image"):
+        translated(system=[{"type": "image", "source": {"type": "url", "url": "http://x"}}])

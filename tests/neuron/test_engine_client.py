@@ -1,6 +1,10 @@
 import asyncio
+import gc
 import os
 import signal
+import socket
+import sys
+import tempfile
 import time
 from contextlib import asynccontextmanager
 
@@ -15,7 +19,12 @@ from cortex.core.errors import (
 )
 from cortex.neuron import engine_client
 from cortex.neuron.engine.protocol import LoadModel, Progress, Submit
-from cortex.neuron.engine_client import EngineClient
+from cortex.neuron.engine_client import (
+    SOCKET_DIR_PREFIX,
+    SOCKET_NAME,
+    EngineClient,
+    sweep_sockets,
+)
 from cortex.neuron.models.source import ModelSource
 from tests.support.fake_engine import COMMAND, write_script
 
@@ -247,3 +256,35 @@ async def test_a_line_without_end_is_logged_in_pieces(tmp_path, caplog):
     assert said[-1] == "end"
     assert len(pieces) > 1
     assert "".join(pieces) == "x" * 200_000
+
+
+def test_the_sockets_of_killed_neurons_are_swept_and_those_in_use_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folders = [tmp_path / f"{SOCKET_DIR_PREFIX}{name}" for name in ("dead", "alive", "new")]
+    for folder in folders:
+        folder.mkdir()
+    with socket.socket(socket.AF_UNIX) as dead, socket.socket(socket.AF_UNIX) as alive:
+        dead.bind(str(folders[0] / SOCKET_NAME))
+        alive.bind(str(folders[1] / SOCKET_NAME))
+        alive.listen()
+        dead.close()
+        sweep_sockets()
+    assert [folder.exists() for folder in folders] == [False, True, True]
+
+
+async def test_an_engine_that_dies_before_it_connects_leaves_no_unread_outcome(tmp_path):
+    client = EngineClient("m", [sys.executable, "-c", "raise SystemExit(3)"], clock=time.monotonic)
+    async with asyncio.TaskGroup() as tasks:
+        await client.start(tasks)
+        with pytest.raises(LoadFailedError, match="exit code 3"):
+            await client.load(
+                LoadModel(source=ModelSource(kind="hf", path=str(tmp_path))),
+                on_progress=lambda _: None,
+                timeout_s=30,
+            )
+    # An exception nobody asked for is reported when its future goes away.
+    unread: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unread.append(context))
+    del client
+    gc.collect()
+    assert unread == []

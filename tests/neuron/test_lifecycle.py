@@ -18,6 +18,7 @@ from cortex.core.errors import (
     ModelLoadingError,
     ModelNotFoundError,
     ModelRecoveringError,
+    ServiceUnavailableError,
     ShuttingDownError,
     UnsupportedFieldError,
 )
@@ -305,7 +306,7 @@ async def test_a_drain_that_takes_too_long_ends_the_engine_and_its_streams(tmp_p
         await it.lifecycle.serving("m").admission.acquire()
         stream = it.stream("m", 1)
         await it.lifecycle.unload("m")
-        with pytest.raises(EngineDiedError):
+        with pytest.raises(ServiceUnavailableError, match="is being unloaded"):
             await tokens_of(stream)
 
 
