@@ -8,7 +8,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cortex.core.errors import LoadFailedError
+from cortex.core.errors import LoadFailedError, UpstreamConnectionError
 from cortex.core.neuron_api import ModelInfo
 
 POLL_S = 0.2
@@ -24,12 +24,16 @@ async def guide(model_id: str, gateway_url: str, neuron_url: str) -> None:
 
     Raises:
         LoadFailedError: the model cannot be loaded; the message carries the cause.
+        UpstreamConnectionError: the neuron does not answer.
     """
     timeout = aiohttp.ClientTimeout(total=REQUEST_S)
-    async with aiohttp.ClientSession(base_url=neuron_url, timeout=timeout) as session:
-        await _follow_load(session, model_id)
-        async with session.get("/models") as reply:
-            models = _models.decode(await reply.read())
+    try:
+        async with aiohttp.ClientSession(base_url=neuron_url, timeout=timeout) as session:
+            await _follow_load(session, model_id)
+            async with session.get("/models") as reply:
+                models = _models.decode(await reply.read())
+    except (aiohttp.ClientError, TimeoutError) as exc:
+        raise UpstreamConnectionError(f"the neuron at {neuron_url} does not answer") from exc
     sys.stdout.write(greeting(gateway_url, model_id, models))
     sys.stdout.flush()
 

@@ -137,9 +137,11 @@ async def run_both(gateway: GatewayConfig, neuron: NeuronConfig, on_ready: OnRea
         try:
             await on_ready(gateway_url, neuron_url)
         except CortexError as exc:
-            # The servers end the orderly way, then the error is told.
-            failure = exc
-            shutdown.set()
+            # The servers end the orderly way, then the error is told; one that comes while they
+            # end already tells nothing.
+            if not shutdown.is_set():
+                failure = exc
+                shutdown.set()
 
     async with open_app(neuron) as neuron_app, asyncio.TaskGroup() as tasks:
         # The neuron serves first, so that the gateway's first look at it succeeds.

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.support.processes import Cortex, environment, free_port, run_cortex
+from tests.support.processes import Cortex, answers, environment, free_port, run_cortex
 
 
 def test_version_names_the_package_and_torch(tmp_path: Path):
@@ -119,3 +119,31 @@ def test_up_with_an_unreadable_checkpoint_says_why(tmp_path: Path):
         *("--port", ports[0], "--metrics-port", ports[1], "--neuron-port", ports[2]),
     )
     assert "gpt_oss" in line
+
+
+@pytest.mark.parametrize("moment", ["before", "while"])
+def test_sigterm_during_the_first_load_ends_everything(tmp_path: Path, moment: str):
+    ports = [str(free_port()) for _ in range(3)]
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "cortex", "up", "--log-level", "error"),
+            *("--port", ports[0], "--metrics-port", ports[1], "--neuron-port", ports[2]),
+        ],
+        env=environment(tmp_path),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    running = Cortex(process, int(ports[0]), int(ports[1]), int(ports[2]))
+    engines: list[int] = []
+    try:
+        while not answers(running.url if moment == "before" else running.neuron_url):
+            assert process.poll() is None
+        while moment == "while" and not engines:
+            engines = running.engine_pids()
+        process.terminate()
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert errors == ""
+    assert not any(Path(f"/proc/{pid}").exists() for pid in engines)
