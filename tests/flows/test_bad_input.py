@@ -65,12 +65,13 @@ async def test_the_openai_dialect_says_what_is_wrong(
     assert answer["error"]["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize(("body", "status", "code", "word"), OPENAI_CASES)
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [case[:3] for case in OPENAI_CASES if isinstance(case[0], dict)],
+)
 async def test_the_same_faults_on_a_stream_are_plain_http_errors(
-    up: Cortex, body: object, status: int, code: str, word: str
+    up: Cortex, body: dict, status: int, code: str
 ):
-    if not isinstance(body, dict):
-        pytest.skip("the body is no object to ask for a stream in")
     got, answer = await post(up, CHAT, {**body, "stream": True})
     assert got == status
     assert answer["error"]["code"] == code
