@@ -19,8 +19,8 @@ from cortex.neuron.chat.schema import Schema, choices, json_types, resolve
 from cortex.neuron.chat.tokenizer import ChatTokenizer
 from cortex.neuron.engine.protocol import Constraint
 
-MAX_GRAMMAR_CHARS = 2 << 20
-MAX_PARAMETERS = 4096  # over all tools
+MAX_GRAMMAR_CHARS = 512 << 10
+MAX_PARAMETERS = 1024  # over all tools
 MAX_PARAMETER_NAME_CHARS = 256
 MAX_ENUM_VALUES = 256  # a longer enumeration is free text
 MAX_FORCED_CALLS = 8
