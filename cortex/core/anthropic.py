@@ -1,7 +1,8 @@
 """Wire structs of the Anthropic Messages dialect: requests, answers, stream events, errors.
 
-Requests are tolerant: unknown fields, betas and block types are accepted. A block is one struct
-for all types, since clients send types that did not exist when this was written.
+Requests are tolerant: unknown fields, betas and block types decode. A block is one struct for all
+types, since clients send types that did not exist when this was written; `core.translate` refuses
+those that would be lost.
 """
 
 import datetime
@@ -65,6 +66,10 @@ class Block(msgspec.Struct, kw_only=True, frozen=True):
     is_error: bool | None = None
     thinking: str | None = None
     title: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.type == "text" and self.text is None:
+            raise ValueError("Object missing required field `text`")
 
 
 class Turn(msgspec.Struct, kw_only=True, frozen=True):

@@ -43,8 +43,18 @@ BILLING_PREFIX = "x-anthropic-billing-header"
 # nothing to verify: the value only says where the block is from.
 SIGNATURE = "Y29ydGV4"
 
-# Blocks of the other dialect: their content would be lost in silence.
-_FOREIGN_BLOCKS = frozenset(["image_url", "input_image", "input_audio", "input_text", "file"])
+# Blocks that may say nothing to a model here: the vendor's tools, hidden thoughts, found nothing.
+_SILENT_TYPES = frozenset(
+    [
+        "text",
+        "thinking",
+        "redacted_thinking",
+        "search_result",
+        "server_tool_use",
+        "container_upload",
+        "tool_reference",
+    ]
+)
 
 _STOP_REASONS = {"length": "max_tokens", "content_filter": "refusal"}
 
@@ -95,34 +105,39 @@ def _response_format(request: MessagesRequest) -> ResponseFormat | None:
 
 def _messages(request: Conversation, drop_billing_header: bool) -> list[Message]:
     """All system text in one leading message, then the turns."""
-    system = [_system_text(request.system, drop_billing_header)]
+    system = [_system_text(request.system, drop_billing_header, "system")]
     turns: list[Message] = []
-    for turn in request.messages:
+    for index, turn in enumerate(request.messages):
+        place = f"messages[{index}].content"
         if turn.role == "system":
-            system.append(_system_text(turn.content, drop_billing_header))
+            system.append(_system_text(turn.content, drop_billing_header, place))
         elif isinstance(turn.content, str):
             turns.append(Message(role=turn.role, content=turn.content))
         elif turn.role == "assistant":
             turns.append(_assistant_message(turn.content))
         else:
-            turns += _user_messages(turn.content)
+            turns += _user_messages(turn.content, place)
     text = "\n\n".join(part for part in system if part)
     return [Message(role="system", content=text), *turns] if text else turns
 
 
-def _system_text(system: str | list[Block] | None, drop_billing_header: bool) -> str:
+def _system_text(system: str | list[Block] | None, drop_billing_header: bool, place: str) -> str:
     if system is None:
         return ""
-    texts = [system] if isinstance(system, str) else [_text_of(block) for block in system]
+    if isinstance(system, str):
+        texts = [system]
+    else:
+        texts = [_text_of(block, f"{place}[{index}]") for index, block in enumerate(system)]
     if drop_billing_header:
         texts = [_without_billing(text) for text in texts]
     return "\n".join(text for text in texts if text)
 
 
-def _text_of(block: Block) -> str:
-    if block.type != "text" or block.text is None:
+def _text_of(block: Block, place: str) -> str:
+    if block.text is None:
         raise BadRequestError(
-            f"system text is made of text blocks with `text`, not of '{block.type}'", param="system"
+            f"{place}: system text is made of blocks of type 'text', not '{block.type[:64]}'",
+            param=place,
         )
     return block.text
 
@@ -157,17 +172,17 @@ def _assistant_message(blocks: list[Block]) -> Message:
     )
 
 
-def _user_messages(blocks: list[Block]) -> list[Message]:
+def _user_messages(blocks: list[Block], place: str) -> list[Message]:
     """Tool results first, each a message of its own, then the rest of the turn as one."""
     results: list[Message] = []
     parts: list[Part] = []
-    for block in blocks:
+    for index, block in enumerate(blocks):
         if block.type == "tool_result":
-            message, images = _tool_message(block)
+            message, images = _tool_message(block, f"{place}[{index}]")
             results.append(message)
             parts += images
         else:
-            parts += _user_parts(block)
+            parts += _user_parts(block, f"{place}[{index}]")
     if not parts:
         return results or [Message(role="user", content="")]
     if all(isinstance(part, TextPart) for part in parts):
@@ -176,11 +191,11 @@ def _user_messages(blocks: list[Block]) -> list[Message]:
     return [*results, Message(role="user", content=parts)]
 
 
-def _tool_message(block: Block) -> tuple[Message, list[Part]]:
+def _tool_message(block: Block, place: str) -> tuple[Message, list[Part]]:
     """Return a tool result's message, and the images in it, which go into the user's turn."""
     if not block.tool_use_id:
         raise BadRequestError("a tool_result block needs a tool_use_id", param="tool_use_id")
-    inner = _content_parts(block.content)
+    inner = _content_parts(block.content, f"{place}.content")
     text = "\n".join(part.text for part in inner if isinstance(part, TextPart))
     images: list[Part] = [part for part in inner if not isinstance(part, TextPart)]
     if block.is_error:
@@ -188,28 +203,49 @@ def _tool_message(block: Block) -> tuple[Message, list[Part]]:
     return Message(role="tool", tool_call_id=block.tool_use_id, content=text), images
 
 
-def _user_parts(block: Block) -> list[Part]:
-    """Return a block's content; a type that is not known counts by its text, if it has one."""
+def _user_parts(block: Block, place: str) -> list[Part]:
+    """Return a block's content; a type that is not known counts by its text.
+
+    Raises:
+        BadRequestError: something is missing, or all that the block says would be lost.
+    """
     if block.type == "image":
         return [_image_part(block.source)]
     if block.type == "document" and isinstance(block.source, Source):
-        return _document_parts(block.source, block.title)
-    if block.type in _FOREIGN_BLOCKS or (block.type == "text" and block.text is None):
+        return _document_parts(block.source, block.title, place)
+    if block.text is not None:
+        return [TextPart(text=block.text)] if block.text else []
+    if _is_silent(block.type):
+        # What the vendor's tools found is of types of their own; what has a text is taken.
+        inner = block.content if isinstance(block.content, list) else []
+        return [TextPart(text=each.text) for each in inner if each.text]
+    parts = _content_parts(block.content, f"{place}.content")
+    if not parts:
         raise BadRequestError(
-            f"a content block of type '{block.type}' without what it needs in this dialect: text "
-            "stands in `text`, an image in a block of type image with a `source`",
-            param="content",
+            f"{place}: a block of type '{block.type[:64]}' is not known here and has no text; a "
+            "user turn is made of text, image (with a source), document and tool_result",
+            param=place,
         )
-    if block.text:
-        return [TextPart(text=block.text)]
-    return _content_parts(block.content)
+    return parts
 
 
-def _content_parts(content: str | list[Block] | dict[str, Any] | None) -> list[Part]:
+def _is_silent(block_type: str) -> bool:
+    return (
+        block_type in _SILENT_TYPES
+        or block_type.startswith("mcp_")
+        or block_type.endswith("_tool_result")
+    )
+
+
+def _content_parts(content: str | list[Block] | dict[str, Any] | None, place: str) -> list[Part]:
     if isinstance(content, str):
         return [TextPart(text=content)] if content else []
     if isinstance(content, list):
-        return [part for each in content for part in _user_parts(each)]
+        return [
+            part
+            for index, each in enumerate(content)
+            for part in _user_parts(each, f"{place}[{index}]")
+        ]
     return []
 
 
@@ -223,12 +259,12 @@ def _image_part(source: Source | str | None) -> ImagePart:
     return ImagePart(image_url={"url": url})
 
 
-def _document_parts(source: Source, title: str | None) -> list[Part]:
+def _document_parts(source: Source, title: str | None, place: str) -> list[Part]:
     """Return a document's text under its title; one that is no text goes on as a file."""
     if source.type == "text":
-        parts = _content_parts(source.data)
+        parts = _content_parts(source.data, f"{place}.source.data")
     elif source.type == "content":
-        parts = _content_parts(source.content)
+        parts = _content_parts(source.content, f"{place}.source.content")
     else:
         return [FilePart(file={"filename": title})]
     return [TextPart(text=title), *parts] if title else parts

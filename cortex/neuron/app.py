@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,7 +19,6 @@ from cortex.core.config import NeuronConfig, child_environment, user_cache_dir
 from cortex.neuron.activation import Activator
 from cortex.neuron.chat.model import ChatModel, load_chat_model
 from cortex.neuron.discovery import Monitor, NvmlProbe, Probe
-from cortex.neuron.engine_client import sweep_sockets
 from cortex.neuron.handlers import Handlers
 from cortex.neuron.hub import Hub
 from cortex.neuron.inference import Inference
@@ -25,6 +26,7 @@ from cortex.neuron.library import DEMO_DISTRIBUTIONS, Entry, Library
 from cortex.neuron.lifecycle import Lifecycle
 from cortex.neuron.metrics import Metrics
 from cortex.neuron.scope import task_scope
+from cortex.neuron.scratch import ScratchFolder, sweep
 from cortex.neuron.views import Views
 
 ENGINE_COMMAND = (sys.executable, "-m", "cortex.neuron.engine.process")
@@ -48,7 +50,7 @@ async def open_app(
         probe: access to the devices; NVML and /proc by default.
     """
     clock = time.monotonic
-    await asyncio.to_thread(sweep_sockets)
+    await asyncio.to_thread(sweep)
     torch = config.harness.torch
     monitor = Monitor(probe or NvmlProbe())
     await asyncio.to_thread(monitor.start)
@@ -61,7 +63,7 @@ async def open_app(
     await asyncio.to_thread(library.scan)
     metrics = Metrics()
     hub = Hub(cache_dir=torch.hf_cache)
-    cache_dir = Path(config.state_dir or user_cache_dir()) / "tokenizers"
+    cache_dir, scratch = _cache_dir(Path(config.state_dir or user_cache_dir()) / "tokenizers")
     open_chat = partial(
         _open_chat, cache_dir=cache_dir, default_max_tokens=torch.default_max_tokens
     )
@@ -84,6 +86,8 @@ async def open_app(
         clock=clock,
         wall_clock=_unix_s,
     )
+    # A thread of its own: the loop waits at its end for those of its default executor.
+    reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="library")
     activator = Activator(lifecycle, config.default_models)
     views = Views(
         lifecycle=lifecycle,
@@ -104,7 +108,7 @@ async def open_app(
         async with lifecycle.run(), task_scope() as tasks:
             background = [
                 tasks.create_task(activator.run(), name="default models"),
-                tasks.create_task(_keep_library(library), name="library"),
+                tasks.create_task(_keep_library(library, reader), name="library"),
             ]
             try:
                 yield handlers.app()
@@ -115,6 +119,9 @@ async def open_app(
         inference.close()
         hub.close()
         monitor.close()
+        reader.shutdown(wait=False, cancel_futures=True)
+        if scratch is not None:
+            scratch.close()
 
 
 def _open_chat(entry: Entry, *, cache_dir: Path, default_max_tokens: int) -> ChatModel:
@@ -122,13 +129,29 @@ def _open_chat(entry: Entry, *, cache_dir: Path, default_max_tokens: int) -> Cha
     return replace(chat, default_max_tokens=default_max_tokens)
 
 
-async def _keep_library(library: Library) -> None:
+def _cache_dir(wanted: Path) -> tuple[Path, ScratchFolder | None]:
+    """Return where tokenizers are kept: `wanted`, or else a folder for this run alone."""
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=wanted).close()
+    except OSError as exc:
+        _logger.warning(
+            "state_dir cannot be written; what is kept there is made again at each start",
+            extra={"cause": str(exc)},
+        )
+        scratch = ScratchFolder()
+        return scratch.path, scratch
+    return wanted, None
+
+
+async def _keep_library(library: Library, reader: Executor) -> None:
     """Describe what was found, and look again from time to time."""
+    loop = asyncio.get_running_loop()
     while True:
         try:
-            await asyncio.to_thread(library.describe_all)
+            await loop.run_in_executor(reader, library.describe_all)
             await asyncio.sleep(RESCAN_S)
-            await asyncio.to_thread(library.scan)
+            await loop.run_in_executor(reader, library.scan)
         except Exception:  # the outermost loop of a background task
             _logger.exception("the model directories could not be read; trying again later")
             await asyncio.sleep(RESCAN_S)

@@ -8,14 +8,10 @@ them to `Generation`s, and when the process is gone fails what is still open.
 import asyncio
 import logging
 import os
-import shutil
 import signal
-import socket
-import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import msgspec
 
@@ -25,6 +21,7 @@ from cortex.core.errors import (
     EngineDiedError,
     InsufficientMemoryError,
     LoadFailedError,
+    ModelRecoveringError,
     ServiceUnavailableError,
 )
 from cortex.neuron.engine.protocol import (
@@ -45,6 +42,7 @@ from cortex.neuron.engine.protocol import (
     TokenEvent,
     encode_frame,
 )
+from cortex.neuron.scratch import ScratchFolder
 
 # Importing torch on a cold and busy machine takes tens of seconds.
 CONNECT_S = 120.0
@@ -56,21 +54,20 @@ KILL_S = 10.0
 MAX_QUEUED_EVENTS = 8192
 MAX_LOG_LINE_BYTES = 64 << 10
 LAST_LINES = 20
-SOCKET_DIR_PREFIX = "cortex-engine-"
+RECOVERING_RETRY_S = 2.0
 SOCKET_NAME = "engine.sock"
 
 _logger = logging.getLogger(__name__)
 _output = logging.getLogger("cortex.engine")
 
 
-def sweep_sockets() -> None:
-    """Remove socket directories that neurons left which were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{SOCKET_DIR_PREFIX}*"):
-        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(str(folder / SOCKET_NAME))
-            except ConnectionRefusedError:
-                shutil.rmtree(folder, ignore_errors=True)
+def recovering_error(model_id: str) -> ModelRecoveringError:
+    """Return what a request for a model whose engine has just ended is told."""
+    return ModelRecoveringError(
+        f"the engine of model '{model_id}' ended unexpectedly and is being restarted",
+        param="model",
+        retry_after_s=RECOVERING_RETRY_S,
+    )
 
 
 class Generation:
@@ -96,7 +93,8 @@ class Generation:
 
         Raises:
             EngineDiedError: the engine ended.
-            ServiceUnavailableError: the events were not taken fast enough.
+            ServiceUnavailableError: the engine was stopped on purpose, or the events were not
+                taken fast enough.
         """
         while not self._events:
             if self._error is not None:
@@ -179,6 +177,7 @@ class EngineClient:
         self._generations: dict[int, tuple[Generation, int]] = {}
         self._next_id = 1
         self._stopping = False
+        self._farewell: CortexError | None = None
         self._hung_up = False
         self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
 
@@ -186,20 +185,14 @@ class EngineClient:
         """Start the process; `tasks` keeps the task that owns it from here on.
 
         Raises:
-            LoadFailedError: no process could be started.
+            LoadFailedError: no socket could be made or no process started.
         """
-        folder = tempfile.mkdtemp(prefix=SOCKET_DIR_PREFIX)
-        socket_path = str(Path(folder, SOCKET_NAME))
-        try:
-            server = await asyncio.start_unix_server(self._accept, socket_path, backlog=1)
-        except OSError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        server, folder = await self._listen()
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *self._command,
                 "--socket",
-                socket_path,
+                str(folder.path / SOCKET_NAME),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
@@ -211,14 +204,29 @@ class EngineClient:
             )
         except OSError as exc:
             server.close()
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.close()
             raise LoadFailedError(f"no engine process could be started: {exc}") from exc
         except BaseException:
             server.close()
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.close()
             raise
         self.pid = self._process.pid
         tasks.create_task(self._own(self._process, server, folder), name=f"engine {self.model_id}")
+
+    async def _listen(self) -> tuple[asyncio.Server, ScratchFolder]:
+        """Return a server for the engine to connect to, and the folder its socket lies in."""
+        folder = None
+        try:
+            folder = ScratchFolder()
+            path = str(folder.path / SOCKET_NAME)
+            return await asyncio.start_unix_server(self._accept, path, backlog=1), folder
+        except OSError as exc:
+            if folder is not None:
+                folder.close()
+            raise LoadFailedError(
+                f"no socket for an engine can be made in the temporary directory: {exc}; "
+                "free room there or set TMPDIR to a short path that can be written"
+            ) from exc
 
     async def load(
         self,
@@ -251,15 +259,20 @@ class EngineClient:
         return self.loaded
 
     def submit(self, requests: Sequence[Submit]) -> Generation:
-        """Hand the sequences of a request to the engine, under request ids of this client's."""
+        """Hand the sequences of a request to the engine, under request ids of this client's.
+
+        Raises:
+            ModelRecoveringError: the engine has ended.
+            ServiceUnavailableError: it was stopped on purpose.
+        """
+        if not self.can_serve:
+            # Nothing was begun, so the caller may simply come again.
+            raise self._farewell or recovering_error(self.model_id)
         request_ids = range(self._next_id, self._next_id + len(requests))
         self._next_id += len(requests)
         generation = Generation(self, request_ids)
         if not self._generations:
             self._heard_s = self._clock()
-        if not self.can_serve:
-            generation._fail(self._death())  # noqa: SLF001  two halves of one
-            return generation
         for choice_idx, (request_id, request) in enumerate(zip(request_ids, requests, strict=True)):
             self._generations[request_id] = (generation, choice_idx)
             self._send(msgspec.structs.replace(request, request_id=request_id))
@@ -281,6 +294,7 @@ class EngineClient:
             error: what requests that are still open end with.
         """
         self._stopping = True
+        self._farewell = error
         if error is not None:
             self._fail_all(error)
         if self._process is None:
@@ -344,7 +358,7 @@ class EngineClient:
         self._connected.set()
 
     async def _own(
-        self, process: asyncio.subprocess.Process, server: asyncio.Server, folder: str
+        self, process: asyncio.subprocess.Process, server: asyncio.Server, folder: ScratchFolder
     ) -> None:
         try:
             async with asyncio.TaskGroup() as own:
@@ -368,7 +382,7 @@ class EngineClient:
             server.close()
             if self._writer is not None:
                 self._writer.close()
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.close()
             self._finish()
 
     def _finish(self) -> None:

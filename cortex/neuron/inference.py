@@ -141,8 +141,9 @@ class Inference:
                     created=int(self._wall_clock()),
                     model=request.model,
                 )
-                yield reply.start()
                 with _generation(prepared, serving) as generation:
+                    # After the hand-over, so that an engine that has gone is told by a status.
+                    yield reply.start()
                     async for choice_idx, event in generation:
                         chunk = reply.feed(choice_idx, event)
                         if reply.is_finished(choice_idx):

@@ -28,7 +28,7 @@ from cortex.neuron.admission import Admission
 from cortex.neuron.chat.model import ChatModel
 from cortex.neuron.discovery import Monitor
 from cortex.neuron.engine.protocol import Loaded, LoadModel, Progress
-from cortex.neuron.engine_client import EngineClient
+from cortex.neuron.engine_client import EngineClient, recovering_error
 from cortex.neuron.hub import Hub, HubUnreachableError, is_repo_id, parse_source
 from cortex.neuron.jobs import Job
 from cortex.neuron.library import Entry, Library
@@ -54,7 +54,6 @@ from cortex.neuron.resident import (
     check_quant,
     failed_error,
     loading_error,
-    recovering_error,
     unloading_error,
 )
 from cortex.neuron.scope import task_scope
@@ -178,7 +177,7 @@ class Lifecycle:
                 assert model.loaded is not None
                 if not model.engine.can_serve:
                     # Its end is known here before the task that owns it has seen it.
-                    raise recovering_error(model)
+                    raise recovering_error(model.id)
                 model.last_used_s = self._clock()
                 return Serving(
                     model_id=model_id,
@@ -190,7 +189,7 @@ class Lifecycle:
             case "loading":
                 raise loading_error(model)
             case "recovering":
-                raise recovering_error(model)
+                raise recovering_error(model.id)
             case "draining":
                 raise unloading_error(model)
             case "failed":
@@ -429,7 +428,7 @@ class Lifecycle:
         )
         if Effect.CLOSE in decision.effects and model.admission is not None:
             if model.state.status == "recovering":
-                model.admission.close(recovering_error(model))
+                model.admission.close(recovering_error(model.id))
             else:
                 model.admission.close(failed_error(model, self._clock()))
         if Effect.FAIL in decision.effects and model.job is not None:

@@ -10,7 +10,6 @@ from cortex.core.errors import (
     InternalError,
     LoadFailedError,
     ModelLoadingError,
-    ModelRecoveringError,
     ServiceUnavailableError,
     UnsupportedFieldError,
 )
@@ -27,7 +26,6 @@ from cortex.neuron.residency import Residency, retry_after_s
 
 HARNESSES = ("torch", "candle")
 LOADING_RETRY_S = 5.0
-RECOVERING_RETRY_S = 2.0
 
 
 class ModelNotLoadedError(ServiceUnavailableError):
@@ -127,15 +125,6 @@ def loading_error(model: Model) -> ModelLoadingError:
         param="model",
         retry_after_s=min(max(left_s, 1.0), 60.0),
         extras=extras,
-    )
-
-
-def recovering_error(model: Model) -> ModelRecoveringError:
-    """Return what a request for a recovering model is told."""
-    return ModelRecoveringError(
-        f"the engine of model '{model.id}' ended unexpectedly and is being restarted",
-        param="model",
-        retry_after_s=RECOVERING_RETRY_S,
     )
 
 

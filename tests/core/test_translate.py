@@ -120,9 +120,9 @@ def test_a_text_document_is_read_and_unknown_blocks_count_by_their_text():
     content = [
         {"type": "document", "title": "T", "source": {"type": "text", "data": "body"}},
         {"type": "search_result", "content": [{"type": "text", "text": "found"}]},
-        {"type": "from_the_future", "flux": 3},
+        {"type": "from_the_future", "flux": 3, "text": "later"},
     ]
-    assert messages({"role": "user", "content": content})[0]["content"] == "T\nbody\nfound"
+    assert messages({"role": "user", "content": content})[0]["content"] == "T\nbody\nfound\nlater"
 
 
 def test_a_document_of_blocks_is_read_and_one_that_is_no_text_goes_on_as_a_file():
@@ -374,18 +374,58 @@ def test_an_answer_without_choices_is_malformed():
         from_openai(msgspec.structs.replace(completion(content=""), choices=[]), "m")
 
 
+IMAGE_URL = {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}
+
+
+@pytest.mark.parametrize(
+    ("block", "place"),
+    [
+        (IMAGE_URL, r"messages\[1\]\.content\[1\]: .*'image_url'"),
+        (
+            {"type": "from_the_future", "flux": 3},
+            r"messages\[1\]\.content\[1\]: .*'from_the_future'",
+        ),
+        ({"type": "document"}, r"messages\[1\]\.content\[1\]: .*'document'"),
+        (
+            {"type": "tool_result", "tool_use_id": "t", "content": [IMAGE_URL]},
+            r"messages\[1\]\.content\[1\]\.content\[0\]: .*'image_url'",
+        ),
+    ],
+)
+def test_a_block_that_would_be_lost_is_refused_by_its_type_and_place(block: Any, place: str):
+    with pytest.raises(BadRequestError, match=place):
+        messages(USER, {"role": "user", "content": [{"type": "text", "text": "x"}, block]})
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_a_text_block_needs_its_text(role: str):
+    with pytest.raises(msgspec.ValidationError, match=r"`text` - at `\$.messages"):
+        messages(USER, {"role": role, "content": [{"type": "text"}]})
+
+
+def test_a_system_block_that_is_no_text_is_refused_by_its_type_and_place():
+    image = {"type": "image", "source": {"type": "url", "url": "http://x"}}
+    with pytest.raises(BadRequestError, match=r"system\[1\]: .*'image'"):
+        translated(system=[{"type": "text", "text": "x"}, image])
+
+
 @pytest.mark.parametrize(
     "block",
     [
-        {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}},
-        {"type": "text"},
+        {"type": "redacted_thinking", "data": "x"},
+        {"type": "thinking", "thinking": "Hm.", "signature": "x"},
+        {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
+        {
+            "type": "web_search_tool_result",
+            "tool_use_id": "s",
+            "content": [{"type": "web_search_result", "url": "http://x", "title": "T"}],
+        },
+        {"type": "container_upload", "file_id": "f"},
+        {"type": "mcp_tool_use", "id": "s", "name": "n", "input": {}},
+        {"type": "search_result", "source": "s", "title": "T", "content": []},
+        {"type": "text", "text": ""},
     ],
 )
-def test_a_block_of_the_other_dialect_or_without_its_text_is_refused(block: dict[str, Any]):
-    with pytest.raises(BadRequestError, match=block["type"]):
-        messages({"role": "user", "content": [block]})
-
-
-def test_a_system_block_that_is_no_text_is_refused():
-    with pytest.raises(BadRequestError, match="image"):
-        translated(system=[{"type": "image", "source": {"type": "url", "url": "http://x"}}])
+def test_known_blocks_that_say_nothing_to_a_model_are_left_out(block: Any):
+    content = [block, {"type": "text", "text": "hi"}]
+    assert messages({"role": "user", "content": content})[0]["content"] == "hi"

@@ -401,6 +401,21 @@ async def test_a_prompt_that_is_too_long_is_refused_with_the_limit(tmp_path):
             assert answer.error["max"] == 4096
 
 
+async def test_without_a_state_dir_tokenizers_are_made_anew_for_this_run(tmp_path, caplog):
+    path = add_chat_model(tmp_path / "models", "m")
+    # One token more than tokenizer.json has, so that another one must be written.
+    (path / "tokenizer_config.json").unlink()
+    added = {"1536": {"content": "<|more|>", "special": True}}
+    (path / "tokenizer_config.json").write_bytes(encode({"added_tokens_decoder": added}))
+    (tmp_path / "state").write_text("a file where the directory should be")
+    with caplog.at_level("WARNING"):
+        async with neuron(tmp_path) as api:
+            assert (await api.load("m")).json["status"] == "loaded"
+            answer = await api.post("/v1/tokenize", {"model": "m", "prompt": "<|more|>"})
+            assert answer.json["count"] == 1
+    assert "state_dir cannot be written" in caplog.text
+
+
 async def test_an_error_inside_the_context_comes_out_as_itself(tmp_path):
     with pytest.raises(StartupError, match="port in use"):
         async with open_app(NeuronConfig(state_dir=str(tmp_path)), probe=FakeProbe()):

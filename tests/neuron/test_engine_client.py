@@ -2,7 +2,6 @@ import asyncio
 import gc
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -15,17 +14,15 @@ from cortex.core.errors import (
     EngineDiedError,
     InsufficientMemoryError,
     LoadFailedError,
+    ModelRecoveringError,
     ServiceUnavailableError,
+    ShuttingDownError,
 )
 from cortex.neuron import engine_client
 from cortex.neuron.engine.protocol import LoadModel, Progress, Submit
-from cortex.neuron.engine_client import (
-    SOCKET_DIR_PREFIX,
-    SOCKET_NAME,
-    EngineClient,
-    sweep_sockets,
-)
+from cortex.neuron.engine_client import EngineClient
 from cortex.neuron.models.source import ModelSource
+from cortex.neuron.scratch import sweep
 from tests.support.fake_engine import COMMAND, write_script
 
 
@@ -168,8 +165,9 @@ async def test_a_killed_engine_ends_its_requests_with_an_error(tmp_path):
             await tokens_of(generation)
         await client.ended.wait()
         assert "SIGKILL" in client.cause_of_death
-        with pytest.raises(EngineDiedError):
-            await tokens_of(client.submit(ask(1)))
+        with pytest.raises(ModelRecoveringError, match="is being restarted") as caught:
+            client.submit(ask(1))
+        assert caught.value.retry_after_s == 2
 
 
 async def test_an_engine_that_hangs_up_serves_no_more_and_is_ended(tmp_path, monkeypatch):
@@ -182,8 +180,9 @@ async def test_an_engine_that_hangs_up_serves_no_more_and_is_ended(tmp_path, mon
         with pytest.raises(EngineDiedError):
             await tokens_of(client.submit(ask(66)))
         assert not client.can_serve
-        with pytest.raises(EngineDiedError):
-            await tokens_of(client.submit(ask(1)))
+        with pytest.raises(ModelRecoveringError, match="is being restarted") as caught:
+            client.submit(ask(1))
+        assert caught.value.retry_after_s == 2
         await client.ended.wait()
         assert "SIGKILL" in client.cause_of_death
 
@@ -228,7 +227,7 @@ async def test_a_process_that_ignores_everything_else_is_killed(tmp_path, monkey
 
 
 async def test_the_socket_directory_is_private_and_gone_afterwards(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine_client.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     async with running(tmp_path) as client:
         await load(client, tmp_path)
         folders = list(tmp_path.glob("cortex-*"))
@@ -258,18 +257,36 @@ async def test_a_line_without_end_is_logged_in_pieces(tmp_path, caplog):
     assert "".join(pieces) == "x" * 200_000
 
 
-def test_the_sockets_of_killed_neurons_are_swept_and_those_in_use_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    folders = [tmp_path / f"{SOCKET_DIR_PREFIX}{name}" for name in ("dead", "alive", "new")]
-    for folder in folders:
-        folder.mkdir()
-    with socket.socket(socket.AF_UNIX) as dead, socket.socket(socket.AF_UNIX) as alive:
-        dead.bind(str(folders[0] / SOCKET_NAME))
-        alive.bind(str(folders[1] / SOCKET_NAME))
-        alive.listen()
-        dead.close()
-        sweep_sockets()
-    assert [folder.exists() for folder in folders] == [False, True, True]
+async def test_another_neurons_start_leaves_an_engine_that_has_not_connected_yet_alone(tmp_path):
+    async with running(tmp_path) as client:
+        sweep()
+        assert (await load(client, tmp_path)).max_num_seqs == 4
+
+
+async def test_a_temporary_directory_that_cannot_take_a_socket_fails_the_load(
+    tmp_path, monkeypatch
+):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    async with asyncio.TaskGroup() as tasks:
+        client = EngineClient("m", COMMAND, clock=time.monotonic)
+        with pytest.raises(LoadFailedError, match="set TMPDIR to a short path"):
+            await client.start(tasks)
+    assert not list(long.iterdir())
+
+
+async def test_requests_of_a_stopped_engine_end_with_the_reason_of_the_stop(tmp_path):
+    write_script(tmp_path, gap_s=0.01, repeat=1000)
+    async with running(tmp_path) as client:
+        await load(client, tmp_path)
+        generation = client.submit(ask(1))
+        await anext(generation)
+        await client.stop(grace_s=10, error=ShuttingDownError("going home"))
+        with pytest.raises(ShuttingDownError, match="going home"):
+            await tokens_of(generation)
+        with pytest.raises(ShuttingDownError, match="going home"):
+            client.submit(ask(1))
 
 
 async def test_an_engine_that_dies_before_it_connects_leaves_no_unread_outcome(tmp_path):

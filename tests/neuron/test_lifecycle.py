@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -23,14 +24,18 @@ from cortex.core.errors import (
     UnsupportedFieldError,
 )
 from cortex.core.neuron_api import LoadRequest
+from cortex.core.openai import ChatRequest, Message
 from cortex.neuron import lifecycle as lifecycle_module
 from cortex.neuron import residency
+from cortex.neuron.chat.model import load_chat_model
 from cortex.neuron.discovery import Monitor
 from cortex.neuron.engine.protocol import Submit
 from cortex.neuron.hub import Hub, HubUnreachableError
-from cortex.neuron.library import Library
+from cortex.neuron.inference import Inference
+from cortex.neuron.library import BUNDLED_DIR, Library
 from cortex.neuron.lifecycle import Lifecycle
 from cortex.neuron.metrics import Metrics
+from cortex.neuron.models.source import ModelSource
 from cortex.neuron.resident import ModelNotLoadedError, UnloadedError
 from tests.support.fake_engine import COMMAND, starts, write_script
 from tests.support.neuron_fakes import (
@@ -86,7 +91,9 @@ def no_network(repo_id, **options):
 
 
 @asynccontextmanager
-async def host(tmp_path, *, config=None, snapshot=no_network, command=COMMAND):
+async def host(
+    tmp_path, *, config=None, snapshot=no_network, command=COMMAND, open_chat=chat_model
+):
     model_dir = tmp_path / "models"
     model_dir.mkdir(exist_ok=True)
     clock, probe = Clock(), FakeProbe()
@@ -219,6 +226,35 @@ async def test_a_loaded_model_whose_engine_has_hung_up_is_recovering_to_requests
         with pytest.raises(ModelRecoveringError) as caught:
             it.lifecycle.serving("m")
         assert caught.value.retry_after_s == 2
+
+
+async def test_a_stream_whose_engine_goes_before_its_first_byte_is_refused_and_not_begun(tmp_path):
+    path = add_model(tmp_path / "models", "m")
+    write_script(path, hang_up_on_id=66)
+    async with host(tmp_path) as it:
+        await it.load("m")
+        source = ModelSource(kind="hf", path=str(BUNDLED_DIR))
+        chat = load_chat_model(source, model_id="m", cache_dir=tmp_path)
+        serving = replace(it.lifecycle.serving("m"), chat=chat)
+        with pytest.raises(EngineDiedError):
+            await tokens_of(it.stream("m", 66))
+        inference = Inference(
+            it.lifecycle,
+            metrics=Metrics(),
+            open_chat=chat_model,
+            constrain_tools=True,
+            clock=it.clock,
+            wall_clock=it.clock,
+        )
+        request = ChatRequest(
+            model="m", stream=True, messages=[Message(role="user", content="hello")]
+        )
+        with pytest.raises(ModelRecoveringError):
+            await anext(inference.stream(request, serving))
+        with pytest.raises(ModelRecoveringError):
+            await inference.complete(request, serving)
+        assert serving.admission.in_flight == 0
+        inference.close()
 
 
 async def test_a_load_request_during_a_recovery_waits_for_its_end(tmp_path):

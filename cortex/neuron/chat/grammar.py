@@ -15,7 +15,14 @@ import msgspec
 from cortex.core.errors import BadRequestError
 from cortex.core.openai import JsonSchemaFormat, Tool
 from cortex.neuron.chat.output import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
-from cortex.neuron.chat.schema import Schema, choices, json_types, resolve
+from cortex.neuron.chat.schema import (
+    Schema,
+    TypesMemory,
+    choices,
+    excess,
+    json_types,
+    resolve,
+)
 from cortex.neuron.chat.tokenizer import ChatTokenizer
 from cortex.neuron.engine.protocol import Constraint
 
@@ -25,8 +32,14 @@ MAX_PARAMETER_NAME_CHARS = 256
 MAX_ENUM_VALUES = 256  # a longer enumeration is free text
 MAX_FORCED_CALLS = 8
 _CHECKED_GRAMMARS = 32
+_CHECKED_VALUES = 64
+_MAX_CHECKED_CHARS = 128 << 10  # over all tools
+_TRIAL_STEPS = 256
 # Parametric rules hold a set of at most 64 bits.
 _MAX_UNORDERED = 60
+
+# A parameter's name stands in `<parameter=..>` on a line of its own.
+_UNWRITABLE = frozenset("<>\n")
 
 _JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{1,32}"}
 _TYPES = frozenset(["array", "boolean", "integer", "null", "number", "object", "string"])
@@ -38,6 +51,11 @@ text[lazy]: /(?s:.*)\n<\/parameter>\n/
 free_parameter: "<parameter=" FREE_NAME ">\n" text
 FREE_NAME: /[^<>\n]{1,64}/
 """
+
+
+class _UnfitError(Exception):
+    """A grammar cannot be made; says why."""
+
 
 Thinking = Literal["off", "open", "possible"]
 
@@ -125,8 +143,13 @@ def json_answer(schema: JsonSchemaFormat | None, markers: Markers) -> Constraint
         BadRequestError: the schema is not usable; says why.
     """
     lead, rules, skip_until_id = _lead(markers)
-    lark = f"start: {lead}answer\nanswer: {_answer(schema or JsonSchemaFormat())}\n{rules}"
-    problem = _problem(lark)
+    lark, problem = "", None
+    try:
+        answer = _answer(schema or JsonSchemaFormat())
+        lark = f"start: {lead}answer\nanswer: {answer}\n{rules}"
+        problem = _problem(lark) or _dead_end(answer)
+    except _UnfitError as exc:
+        problem = str(exc)
     if problem is not None:
         raise BadRequestError(
             f"response_format cannot be followed: {problem}", param="response_format"
@@ -163,8 +186,14 @@ def _literal(text: str) -> str:
 
 
 def _json(schema: Schema, *, is_lenient: bool = True) -> str:
+    problem = excess(schema)
+    if problem is not None:
+        raise _UnfitError(problem)
     options: dict[str, Any] = {**_JSON_OPTIONS, "lenient": is_lenient}
-    return f"%json {msgspec.json.encode({**schema, 'x-guidance': options}).decode()}"
+    try:
+        return f"%json {msgspec.json.encode({**schema, 'x-guidance': options}).decode()}"
+    except RecursionError as exc:
+        raise _UnfitError("it is nested too deep") from exc
 
 
 def _answer(answer: JsonSchemaFormat) -> str:
@@ -177,11 +206,50 @@ def _answer(answer: JsonSchemaFormat) -> str:
 def _problem(lark: str) -> str | None:
     """Return why llguidance refuses a grammar, or None; agents send the same tools each turn."""
     if len(lark) > MAX_GRAMMAR_CHARS:
-        return f"it makes a grammar of over {MAX_GRAMMAR_CHARS} characters"
+        return _too_long()
     is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(lark)
     if not is_error:
         return None
-    return str(messages[0]).strip().split("\n", 1)[0][:300] if messages else "it is not valid"
+    return _first_line(str(messages[0])) if messages else "it is not valid"
+
+
+def _too_long() -> str:
+    return f"it makes a grammar of over {MAX_GRAMMAR_CHARS} characters"
+
+
+@lru_cache(maxsize=_CHECKED_VALUES)
+def _dead_end(value: str) -> str | None:
+    """Return why a JSON rule that compiles cannot be followed, or None if a short value can be.
+
+    Some faults (a rule that only refers to itself, a state too large) show only while it is
+    followed. It is tried byte by byte, which needs no model's tokenizer.
+    """
+    matcher = llguidance.LLMatcher(_byte_tokenizer(), f"start: {value}\n", log_level=0)
+    for _ in range(_TRIAL_STEPS):
+        if matcher.is_error():
+            break
+        allowed = int.from_bytes(matcher.compute_bitmask(), "little")
+        if matcher.is_error() or matcher.is_accepting():
+            break
+        matcher.consume_token(_shortest_way(allowed))
+    return _first_line(matcher.get_error()) if matcher.is_error() else None
+
+
+@lru_cache(maxsize=1)
+def _byte_tokenizer() -> llguidance.LLTokenizer:
+    return llguidance.LLTokenizer("byte")
+
+
+def _shortest_way(allowed: int) -> int:
+    """Return an allowed byte that is no white space and ends a string if it can."""
+    if allowed >> ord('"') & 1:
+        return ord('"')
+    visible = allowed >> (ord(" ") + 1)
+    return ord(" ") + (visible & -visible).bit_length()
+
+
+def _first_line(message: str) -> str:
+    return message.strip().split("\n", 1)[0][:300]
 
 
 def _tool_grammar(start: str, tools: list[Tool], markers: Markers) -> str:
@@ -189,8 +257,12 @@ def _tool_grammar(start: str, tools: list[Tool], markers: Markers) -> str:
     problem: str | None = None
     for is_loose in (False, True):
         rules = _ToolRules(is_loose=is_loose)
-        lark = start + (rules.xml(tools) if markers.is_xml else rules.json(tools))
-        problem = _problem(lark)
+        try:
+            lark = start + (rules.xml(tools) if markers.is_xml else rules.json(tools))
+            problem = _problem(lark) or rules.dead_end()
+        except _UnfitError as exc:
+            problem = str(exc)
+            continue
         if problem is None:
             return lark
     raise BadRequestError(f"tools cannot be used: {problem}", param="tools")
@@ -206,20 +278,35 @@ class _ToolRules:
     def __init__(self, *, is_loose: bool) -> None:
         self._is_loose = is_loose
         self._num_parameters = 0
+        self._num_chars = 0
+        self._values: list[str] = []
+        self._types: TypesMemory = {}
+
+    def dead_end(self) -> str | None:
+        """Return why one of the JSON values written cannot be followed, or None."""
+        num_chars = 0
+        for value in dict.fromkeys(self._values):
+            num_chars += len(value)
+            if num_chars > _MAX_CHECKED_CHARS:
+                break
+            problem = _dead_end(value)
+            if problem is not None:
+                return problem
+        return None
 
     def json(self, tools: list[Tool]) -> str:
         """Calls as `{"name": .., "arguments": {..}}`."""
         lines = [f"call: {' | '.join(f'call_{at}' for at in range(len(tools)))}"]
         for at, (name, root) in enumerate(_functions(tools)):
-            arguments = {"type": "object"} if self._is_loose or not root else root
+            arguments = {**({} if self._is_loose else root), "type": "object"}
             schema: Schema = {
-                **_definitions(root),
+                **({} if self._is_loose else _definitions(root)),
                 "type": "object",
                 "properties": {"name": {"const": name}, "arguments": arguments},
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
-            lines.append(f"call_{at}: {_json(schema)}")
+            lines.append(f"call_{at}: {self._checked(schema)}")
         return "\n".join(lines) + "\n"
 
     def xml(self, tools: list[Tool]) -> str:
@@ -227,14 +314,14 @@ class _ToolRules:
         lines = [f"call: {' | '.join(f'call_{at}' for at in range(len(tools)))}", _COMMON]
         for at, (name, root) in enumerate(_functions(tools)):
             lines.append(f"call_{at}: {_literal(f'<function={name}>' + chr(10))} body_{at}")
-            lines.extend(self._body(f"body_{at}", root))
+            lines.extend(self._body(f"body_{at}", name, root))
         return "\n".join(lines) + "\n"
 
-    def _body(self, rule: str, root: Schema) -> Iterator[str]:
+    def _body(self, rule: str, tool: str, root: Schema) -> Iterator[str]:
         """A function's parameters and its end: each at most once, required ones always."""
         properties = root.get("properties")
         properties = properties if isinstance(properties, dict) else {}
-        self._count(properties)
+        self._check_names(tool, properties)
         named = root.get("required")
         named = frozenset(x for x in named if isinstance(x, str)) if isinstance(named, list) else ()
         required = [name for name in properties if name in named]
@@ -246,8 +333,9 @@ class _ToolRules:
             yield f"{rule}: {free}{close}"
             return
         if len(names) > _MAX_UNORDERED:
+            places = {name: at for at, name in enumerate(names)}
             declared = " ".join(
-                f"{rule}_{names.index(name)}{'' if name in named else '?'}" for name in properties
+                f"{rule}_{places[name]}{'' if name in named else '?'}" for name in properties
             )
             yield f"{rule}: {declared} {close}"
         else:
@@ -260,20 +348,24 @@ class _ToolRules:
             opening = _literal(f"<parameter={name}>\n")
             yield f"{rule}_{at}: {opening} {self._value(properties[name], root)}"
 
-    def _count(self, properties: Schema) -> None:
+    def _check_names(self, tool: str, properties: Schema) -> None:
         self._num_parameters += len(properties)
         if self._num_parameters > MAX_PARAMETERS:
             raise BadRequestError(
                 f"tools declare more than {MAX_PARAMETERS} parameters", param="tools"
             )
-        if "" in properties:
+        for name in properties:
+            if len(name) > MAX_PARAMETER_NAME_CHARS:
+                problem = f"has a name of over {MAX_PARAMETER_NAME_CHARS} characters"
+            elif not name:
+                problem = "is without a name"
+            elif _UNWRITABLE & set(name):
+                problem = "has a newline, '<' or '>' in its name"
+            else:
+                continue
             raise BadRequestError(
-                "a tool has a parameter without a name, which this model cannot write",
-                param="tools",
-            )
-        if any(len(name) > MAX_PARAMETER_NAME_CHARS for name in properties):
-            raise BadRequestError(
-                f"a tool's parameter has a name of over {MAX_PARAMETER_NAME_CHARS} characters",
+                f"tool {tool!r}: parameter {name[:64]!r} {problem}, which this model cannot "
+                "write in a call; rename it",
                 param="tools",
             )
 
@@ -282,8 +374,9 @@ class _ToolRules:
         values = choices(schema)
         if values is not None and len(values) <= MAX_ENUM_VALUES:
             options = " | ".join(dict.fromkeys(_spelling(value) for value in values))
+            self._spend(options)
             return f"({options}) value_end"
-        types = json_types(schema, root)
+        types = json_types(schema, root, self._types)
         if not types or "string" in types:
             return "text"
         if types <= {"boolean", "null"}:
@@ -293,8 +386,20 @@ class _ToolRules:
             known = sorted(types & _TYPES)
             if not known:
                 return "text"
-            schema = {"type": known}
-        return f"{_json({**_definitions(root), **schema})} value_end"
+            return f"{self._checked({'type': known})} value_end"
+        return f"{self._checked({**_definitions(root), **schema})} value_end"
+
+    def _checked(self, schema: Schema) -> str:
+        value = _json(schema)
+        self._spend(value)
+        self._values.append(value)
+        return value
+
+    def _spend(self, text: str) -> None:
+        """Stop early: what parameters share is written once for each of them."""
+        self._num_chars += len(text)
+        if self._num_chars > MAX_GRAMMAR_CHARS:
+            raise _UnfitError(_too_long())
 
 
 def _functions(tools: list[Tool]) -> Iterator[tuple[str, Schema]]:

@@ -6,6 +6,12 @@ import msgspec
 
 from cortex.core.openai import Tool
 
+MAX_SCHEMA_NODES = 20_000
+MAX_OBJECT_PROPERTIES = 1000
+# Levels of objects and lists, with those that references lead to: a grammar's compiler goes down
+# them on a thread's stack, and its overflow would end the process.
+MAX_SCHEMA_LEVELS = 1000
+_MAX_REF_CHARS = 1024
 _MAX_REF_DEPTH = 16
 _JSON_TYPES: dict[type, str] = {
     bool: "boolean",
@@ -34,7 +40,7 @@ def resolve(schema: Any, root: Schema) -> Schema:
 
 
 def _at_pointer(ref: str, root: Schema) -> Any:
-    if not ref.startswith("#"):
+    if not ref.startswith("#") or len(ref) > _MAX_REF_CHARS:
         return {}
     place: Any = root
     for key in ref[1:].split("/")[1:]:
@@ -43,14 +49,51 @@ def _at_pointer(ref: str, root: Schema) -> Any:
     return place
 
 
-def json_types(schema: Any, root: Schema) -> frozenset[str]:
-    """Return the JSON types a schema allows; empty means any."""
-    return _json_types(schema, root, {}, 0)
+def excess(schema: Schema) -> str | None:
+    """Say what makes a schema too large to compile, or None; takes time by its size only."""
+    nodes: list[Any] = []
+    waiting: list[Any] = [schema]
+    refs: set[str] = set()
+    while waiting:
+        node = waiting.pop()
+        nodes.append(node)
+        if len(nodes) > MAX_SCHEMA_NODES:
+            return f"it has over {MAX_SCHEMA_NODES} objects and lists"
+        if isinstance(node, dict):
+            if len(node) > MAX_OBJECT_PROPERTIES:
+                return f"it has an object of over {MAX_OBJECT_PROPERTIES} entries"
+            if isinstance(ref := node.get("$ref"), str):
+                refs.add(ref)
+        waiting += _nested(node)
+    levels: dict[int, int] = {}
+    for node in reversed(nodes):  # children come after their parents
+        levels[id(node)] = 1 + max((levels[id(each)] for each in _nested(node)), default=0)
+    whole = levels[id(schema)]
+    # At worst each reference leads on to the next one.
+    num_levels = whole + sum(levels.get(id(_at_pointer(ref, schema)), whole) for ref in refs)
+    if num_levels > MAX_SCHEMA_LEVELS:
+        return f"it and its references are nested over {MAX_SCHEMA_LEVELS} levels deep"
+    return None
 
 
-def _json_types(
-    schema: Any, root: Schema, known: dict[int, frozenset[str]], depth: int
-) -> frozenset[str]:
+def _nested(node: Any) -> list[Any]:
+    values = node.values() if isinstance(node, dict) else node
+    return [each for each in values if isinstance(each, dict | list)]
+
+
+TypesMemory = dict[int, frozenset[str]]
+
+
+def json_types(schema: Any, root: Schema, known: TypesMemory | None = None) -> frozenset[str]:
+    """Return the JSON types a schema allows; empty means any.
+
+    Args:
+        known: what calls for other schemas of the same live `root` found out.
+    """
+    return _json_types(schema, root, {} if known is None else known, 0)
+
+
+def _json_types(schema: Any, root: Schema, known: TypesMemory, depth: int) -> frozenset[str]:
     """As `json_types`; `known` has what was looked at already, so that each schema costs once."""
     schema = resolve(schema, root)
     if not schema:
@@ -62,9 +105,7 @@ def _json_types(
     return known[id(schema)]
 
 
-def _types_of(
-    schema: Schema, root: Schema, known: dict[int, frozenset[str]], depth: int
-) -> frozenset[str]:
+def _types_of(schema: Schema, root: Schema, known: TypesMemory, depth: int) -> frozenset[str]:
     declared = schema.get("type")
     if isinstance(declared, str):
         return frozenset([declared])

@@ -34,7 +34,7 @@ from cortex.neuron.chat.output import (
 )
 from cortex.neuron.chat.prepare import Prepared
 from cortex.neuron.chat.tokenizer import ChatTokenizer
-from cortex.neuron.engine.protocol import Logprob, TokenEvent
+from cortex.neuron.engine.protocol import INVALID_GRAMMAR, Logprob, TokenEvent
 
 # JSON has no infinity; this is what others send for an impossible token.
 _MIN_LOGPROB = -9999.0
@@ -55,6 +55,7 @@ class _ChoiceReader:
         self._tokenizer = prepared.tokenizer
         self._stop_ids = frozenset(prepared.stop_ids)
         self._wants_logprobs = prepared.logprobs
+        self._grammar_param = "response_format" if prepared.output.tools is None else "tools"
         self._text = TextStream(prepared.tokenizer)
         self._parser = OutputParser(prepared.output)
         self.finish_reason: FinishReason | None = None
@@ -73,8 +74,10 @@ class _ChoiceReader:
         if self.finish_reason is not None:
             return piece
         if event.is_refusal:
+            param = self._grammar_param if event.code == INVALID_GRAMMAR else None
+            advice = f"; change {param}" if param else ""
             raise BadRequestError(
-                f"the request cannot be answered: {event.error}; check response_format and tools"
+                f"the request cannot be answered: {event.error}{advice}", param=param
             )
         if event.finish in ("error", "cancelled"):
             reason = event.error or "the engine ended it before it was complete"

@@ -2,16 +2,13 @@
 
 import json  # noqa: TID251 - models are trained on json.dumps' exact spacing
 import re
+import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import msgspec
 
 from cortex.core.errors import (
@@ -28,6 +25,7 @@ from cortex.core.openai import (
     Tool,
     ToolCall,
 )
+from cortex.neuron.chat.sandbox import Clock, Sandbox, budget
 from cortex.neuron.models.gguf_file import GgufValue
 from cortex.neuron.models.hf_files import read_json
 
@@ -44,17 +42,6 @@ _RESERVED = frozenset(["messages", "tools"])
 _PART_NAMES = {"ImagePart": "images", "AudioPart": "sound", "FilePart": "files"}
 
 Now = Callable[[], datetime]
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what the model wrote, for training; rendering ignores it."""
-
-    tags = {"generation"}  # noqa: RUF012 - the name and type are jinja2's
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
 
 
 def _raise_exception(message: str) -> None:
@@ -78,12 +65,8 @@ def _to_json(
     )
 
 
-def _environment(now: Now) -> jinja2.Environment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[jinja2.ext.loopcontrols, _Generation],
-    )
+def _environment(now: Now) -> Sandbox:
+    environment = Sandbox()
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda layout: now().strftime(layout)
@@ -107,15 +90,17 @@ class ChatTemplate:
         bos_token: str = "",
         eos_token: str = "",
         now: Now = datetime.now,
+        clock: Clock = time.monotonic,
     ) -> None:
         if len(source) > MAX_TEMPLATE_CHARS:
             raise CheckpointError(
                 f"the chat template of {model_id!r} is over {MAX_TEMPLATE_CHARS} characters"
             )
         try:
-            self._template = _environment(now).from_string(source)
+            self._template = _environment(now).template(source)
         except (jinja2.TemplateError, RecursionError) as exc:
             raise CheckpointError(f"the chat template of {model_id!r} is not valid: {exc}") from exc
+        self._clock = clock
         self._model_id = model_id
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self.supports_thinking = "<think>" in source or "enable_thinking" in source
@@ -141,7 +126,8 @@ class ChatTemplate:
         Raises:
             UnsupportedFieldError: the messages carry what the model cannot read, or tools are
                 given to a template that has no place for them.
-            TemplateRenderError: the template refused the messages; quotes why.
+            TemplateRenderError: the template refused the messages, or takes too long over
+                them; quotes why.
             BadRequestError: the prompt is over `MAX_PROMPT_CHARS` characters.
         """
         if tools and not self.supports_tools:
@@ -176,7 +162,8 @@ class ChatTemplate:
         pieces: list[str] = []
         size = 0
         try:
-            for piece in self._template.generate(messages=turns, **context):
+            limits = budget(self._clock)
+            for piece in self._template.generate(messages=turns, **context, **limits):
                 size += len(piece)
                 if size > MAX_PROMPT_CHARS:
                     raise BadRequestError(

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from cortex.core.errors import BadRequestError
-from cortex.neuron.engine.protocol import Constraint
+from cortex.neuron.engine.protocol import INVALID_GRAMMAR, Constraint
 
 MAX_TOKENIZERS = 4
 MAX_GRAMMARS = 64
@@ -19,10 +19,22 @@ MAX_GRAMMARS = 64
 TokenizerKey = tuple[str, tuple[int, ...]]
 
 
+class GrammarKey(NamedTuple):
+    """What makes two grammars the same: text, and tokenizer with its stop ids."""
+
+    lark: str
+    tokenizer: TokenizerKey
+
+    @classmethod
+    def of(cls, constraint: Constraint, stop_ids: Sequence[int]) -> "GrammarKey":
+        """Return the key of a constraint whose match `stop_ids` may follow."""
+        return cls(constraint.lark, (constraint.tokenizer_path, tuple(stop_ids)))
+
+
 class ConstraintError(BadRequestError):
     """A grammar cannot be compiled for the model's tokenizer."""
 
-    code = "invalid_grammar"
+    code = INVALID_GRAMMAR
 
 
 class ConstraintState:
@@ -83,6 +95,8 @@ class ConstraintState:
 class ConstraintCompiler:
     """Compiles constraints for one model, remembering recent tokenizers and grammars.
 
+    `build` may run in another thread, one call at a time; the rest is for the owner's thread.
+
     Args:
         vocab_size: width of the model's logits; ids above the tokenizer's own are never allowed.
     """
@@ -90,7 +104,7 @@ class ConstraintCompiler:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._tokenizers: OrderedDict[TokenizerKey, LLTokenizer] = OrderedDict()
-        self._matchers: OrderedDict[tuple[str, TokenizerKey], LLMatcher] = OrderedDict()
+        self._matchers: OrderedDict[GrammarKey, LLMatcher] = OrderedDict()
 
     def compile(self, constraint: Constraint, stop_ids: Sequence[int]) -> ConstraintState:
         """Return a fresh state; `stop_ids` are what may follow a complete match.
@@ -98,15 +112,34 @@ class ConstraintCompiler:
         Raises:
             ConstraintError: the tokenizer cannot be read or the grammar is not valid.
         """
-        key = (constraint.tokenizer_path, tuple(stop_ids))
-        matcher = self._matchers.get((constraint.lark, key))
+        state = self.recall(constraint, stop_ids)
+        if state is None:
+            key = GrammarKey.of(constraint, stop_ids)
+            self.remember(key, self.build(key))
+            state = self.recall(constraint, stop_ids)
+            assert state is not None
+        return state
+
+    def recall(self, constraint: Constraint, stop_ids: Sequence[int]) -> ConstraintState | None:
+        """Return a fresh state of a grammar that is remembered, or None."""
+        key = GrammarKey.of(constraint, stop_ids)
+        matcher = self._matchers.get(key)
         if matcher is None:
-            matcher = LLMatcher(self._tokenizer(key), constraint.lark, log_level=0)
-            self._check(matcher)
-            self._matchers[constraint.lark, key] = matcher
-            _trim(self._matchers, MAX_GRAMMARS)
-        self._matchers.move_to_end((constraint.lark, key))
+            return None
+        self._matchers.move_to_end(key)
         return ConstraintState(constraint, matcher.deep_copy())
+
+    def remember(self, key: GrammarKey, matcher: LLMatcher) -> None:
+        """Keep a grammar that was built; the oldest beyond `MAX_GRAMMARS` goes."""
+        self._matchers[key] = matcher
+        self._matchers.move_to_end(key)
+        _trim(self._matchers, MAX_GRAMMARS)
+
+    def build(self, key: GrammarKey) -> LLMatcher:
+        """Compile a grammar; raises as `compile`."""
+        matcher = LLMatcher(self._tokenizer(key.tokenizer), key.lark, log_level=0)
+        self._check(matcher)
+        return matcher
 
     def _check(self, matcher: LLMatcher) -> None:
         """Raise what is wrong with a grammar; some faults show only with the first mask."""

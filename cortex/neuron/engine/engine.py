@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Executor
 
 import torch
 
 from cortex.core.errors import BadRequestError, CortexError
-from cortex.neuron.engine.constraint import ConstraintCompiler
+from cortex.neuron.engine.compiling import CompilingQueue
+from cortex.neuron.engine.constraint import ConstraintCompiler, ConstraintError, ConstraintState
 from cortex.neuron.engine.protocol import (
     EngineStats,
     FinishReason,
@@ -34,8 +36,8 @@ FIRST_STEP_TOKENS = 128
 class Engine:
     """Serves many sequences at once on one runner.
 
-    Call `submit` and `cancel` between steps and `step` while `has_work`. Each sequence ends with
-    exactly one event that has a finish reason.
+    Call `submit`, `cancel` and `admit_ready` between steps and `step` while `has_work`. Each
+    sequence ends with exactly one event that has a finish reason.
 
     Args:
         clock: monotonic seconds.
@@ -61,11 +63,21 @@ class Engine:
         self._clock = clock
         self._vocab_size = runner.model.vocab_size
         self._compiler = ConstraintCompiler(self._vocab_size)
+        self._compiling: CompilingQueue | None = None
         self._sequences: dict[int, Sequence] = {}
         self._events: list[TokenEvent] = []
         self._prefill_rate = RunningRate()
         self._decode_rate = RunningRate()
         self.is_lost = False
+
+    def compile_in(self, executor: Executor, wake: Callable[[], object]) -> None:
+        """Have grammars compiled elsewhere; without this, `submit` itself compiles them.
+
+        Args:
+            executor: runs one piece of work at a time.
+            wake: called from any thread when `admit_ready` may have something to do.
+        """
+        self._compiling = CompilingQueue(self._compiler, executor, wake)
 
     @property
     def has_work(self) -> bool:
@@ -79,39 +91,55 @@ class Engine:
 
     def submit(self, submit: Submit) -> None:
         """Queue a request; one that cannot be served ends at once with an error event."""
-        if submit.request_id in self._sequences:
+        request_id = submit.request_id
+        if request_id in self._sequences or self._is_compiling(request_id):
             # An event would end the running sequence of that number at the other side.
-            _log.error("request %d is running already: ignored", submit.request_id)
+            _log.error("request %d is running already: ignored", request_id)
             return
         problem = self._problem(submit)
-        is_refusal = problem is not None
-        if problem is None:
-            try:
-                sequence = self._sequence(submit)
-                self._scheduler.add(sequence)
-                self._sequences[submit.request_id] = sequence
-            except CortexError as exc:
-                problem = exc.message
-                is_refusal = isinstance(exc, BadRequestError)
         if problem is not None:
-            self._events.append(
-                TokenEvent(
-                    request_id=submit.request_id,
-                    finish="error",
-                    error=problem,
-                    is_refusal=is_refusal,
-                )
-            )
+            self._refuse(request_id, BadRequestError(problem))
+            return
+        try:
+            state = self._constraint(submit)
+            if state is None and submit.constraint is not None:
+                return
+            self._admit(submit, state)
+        except CortexError as exc:
+            self._refuse(request_id, exc)
+
+    def admit_ready(self) -> None:
+        """Queue the requests whose grammars are compiled, and end those whose cannot be."""
+        if self._compiling is None:
+            return
+        for compiled in self._compiling.take_ready():
+            request_id, failure = compiled.submit.request_id, compiled.failure
+            if failure is None:
+                try:
+                    self._admit(compiled.submit, compiled.state)
+                except CortexError as exc:
+                    self._refuse(request_id, exc)
+            elif isinstance(failure, CortexError):
+                self._refuse(request_id, failure)
+            else:
+                _log.error("a grammar cannot be compiled", exc_info=failure)
+                error = ConstraintError(f"the grammar broke the compiler: {type(failure).__name__}")
+                self._refuse(request_id, error)
 
     def cancel(self, request_id: int) -> None:
         """End a sequence and free what it holds; an unknown one is ignored."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._remove(sequence)
-            self._events.append(TokenEvent(request_id=request_id, finish="cancelled"))
+        elif self._compiling is not None and request_id in self._compiling:
+            self._compiling.discard(request_id)
+        else:
+            return
+        self._events.append(TokenEvent(request_id=request_id, finish="cancelled"))
 
     def step(self) -> StepDone:
         """Compute one step, if there is work, and report everything since the last report."""
+        self.admit_ready()
         chunks = self._scheduler.schedule(self._step_tokens())
         if chunks:
             start_s = self._clock()
@@ -129,7 +157,7 @@ class Engine:
         events, self._events = self._events, []
         stats = EngineStats(
             num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
+            num_waiting=self._scheduler.num_waiting + len(self._compiling or ()),
             free_slots=self._scheduler.slots.num_free,
             free_blocks=self._scheduler.blocks.num_free,
             tok_s_prefill=self._prefill_rate.tok_s,
@@ -156,18 +184,42 @@ class Engine:
             return f"logit_bias has token ids outside the vocabulary of {vocab_size}"
         return None
 
-    def _sequence(self, submit: Submit) -> Sequence:
-        constraint = None
-        if submit.constraint is not None:
-            constraint = self._compiler.compile(submit.constraint, submit.stop_ids)
+    def _constraint(self, submit: Submit) -> ConstraintState | None:
+        """Return the state of a request's constraint; None if it has none, or not yet."""
+        if submit.constraint is None:
+            return None
+        if self._compiling is None:
+            return self._compiler.compile(submit.constraint, submit.stop_ids)
+        state = self._compiler.recall(submit.constraint, submit.stop_ids)
+        if state is None:
+            self._compiling.add(submit)
+        return state
+
+    def _is_compiling(self, request_id: int) -> bool:
+        return self._compiling is not None and request_id in self._compiling
+
+    def _admit(self, submit: Submit, constraint: ConstraintState | None) -> None:
         sampling = SamplingState(
             submit.sampling,
             prompt_ids=submit.prompt_ids,
             vocab_size=self._vocab_size,
             device=self._runner.device,
         )
-        return Sequence(
+        sequence = Sequence(
             submit, max_model_len=self._max_model_len, sampling=sampling, constraint=constraint
+        )
+        self._scheduler.add(sequence)
+        self._sequences[submit.request_id] = sequence
+
+    def _refuse(self, request_id: int, error: CortexError) -> None:
+        self._events.append(
+            TokenEvent(
+                request_id=request_id,
+                finish="error",
+                error=error.message,
+                is_refusal=isinstance(error, BadRequestError),
+                code=error.code,
+            )
         )
 
     def _step_tokens(self) -> int:
@@ -192,7 +244,8 @@ class Engine:
             finish = sequence.append(token_id)
             constraint = sequence.constraint
             if constraint is not None and constraint.error is not None:
-                self._end(sequence, "error", error=constraint.error, is_refusal=True)
+                self._remove(sequence)
+                self._refuse(sequence.request_id, ConstraintError(constraint.error))
                 continue
             logprob = sampled.logprobs.get(row)
             self._emit(sequence, token_id, finish, logprob)
@@ -228,15 +281,9 @@ class Engine:
                 self._runner.scrub(chunk.sequence)
             self._end(chunk.sequence, "error", error=error)
 
-    def _end(
-        self, sequence: Sequence, finish: FinishReason, *, error: str, is_refusal: bool = False
-    ) -> None:
+    def _end(self, sequence: Sequence, finish: FinishReason, *, error: str) -> None:
         self._remove(sequence)
-        self._events.append(
-            TokenEvent(
-                request_id=sequence.request_id, finish=finish, error=error, is_refusal=is_refusal
-            )
-        )
+        self._events.append(TokenEvent(request_id=sequence.request_id, finish=finish, error=error))
 
     def _remove(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]

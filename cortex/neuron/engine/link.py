@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 
@@ -31,6 +32,9 @@ SEND_BUFFER_BYTES = 1 << 20
 # What the engine may still do once its neuron is gone, before the process is ended under it.
 GRACE_S = 0.5
 EXIT_ORPHANED = 3
+
+
+_Note = Literal["wake", "end"]
 
 
 class LinkClosedError(Exception):
@@ -63,14 +67,14 @@ class NeuronLink:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self._connection = connection
         self._end_process = end_process
-        self._commands: queue.Queue[Command | None] = queue.Queue(MAX_COMMANDS)
+        self._commands: queue.Queue[Command | _Note] = queue.Queue(MAX_COMMANDS)
         self._ended = threading.Event()
         self._done = threading.Event()
         self._reader = threading.Thread(target=self._read, name="neuron reader", daemon=True)
         self._reader.start()
 
     def receive(self, *, wait: bool) -> list[Command]:
-        """Return the commands that have come; with `wait`, at least one.
+        """Return the commands that have come; with `wait`, at least one unless `wake` is called.
 
         Raises:
             LinkClosedError: the neuron asked for the end or is gone.
@@ -78,11 +82,17 @@ class NeuronLink:
         self.check()
         commands: list[Command] = []
         if wait:
-            commands.append(self._checked(self._commands.get()))
+            commands += self._checked(self._commands.get())
         with contextlib.suppress(queue.Empty):
             while len(commands) < MAX_COMMANDS:
-                commands.append(self._checked(self._commands.get_nowait()))
+                commands += self._checked(self._commands.get_nowait())
         return commands
+
+    def wake(self) -> None:
+        """Let `receive` return without a command; may be called from any thread."""
+        # A full queue wakes it as well.
+        with contextlib.suppress(queue.Full):
+            self._commands.put_nowait("wake")
 
     def check(self) -> None:
         """Raise LinkClosedError if the neuron asked for the end or is gone."""
@@ -110,10 +120,10 @@ class NeuronLink:
         self._connection.close()
         self._reader.join(GRACE_S)
 
-    def _checked(self, command: Command | None) -> Command:
-        if command is None:
+    def _checked(self, command: Command | _Note) -> list[Command]:
+        if command == "end":
             raise LinkClosedError("the neuron ended this engine or is gone")
-        return command
+        return [] if command == "wake" else [command]
 
     def _read(self) -> None:
         try:
@@ -137,7 +147,7 @@ class NeuronLink:
         self._ended.set()
         # A full queue wakes the main thread as well, which then sees the event.
         with contextlib.suppress(queue.Full):
-            self._commands.put_nowait(None)
+            self._commands.put_nowait("end")
 
 
 def _read_command(read: Callable[[int], bytes]) -> Command | None:

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -99,9 +100,19 @@ def serve(link: NeuronLink, *, loader: Loader = load_engine) -> int:
         return EXIT_LOAD_FAILED
     link.send(loaded)
     _log.info("serving %s on %s", first.source.path, loaded.device)
+    grammars = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+    engine.compile_in(grammars, link.wake)
+    try:
+        return _steps(link, engine, commands)
+    finally:
+        grammars.shutdown(wait=False, cancel_futures=True)
+
+
+def _steps(link: NeuronLink, engine: Engine, commands: list[Command]) -> int:
     while True:
         for command in commands:
             _apply(engine, command)
+        engine.admit_ready()
         if engine.has_news:
             # Refusals and freed slots are not kept back for the length of a step.
             link.send(engine.report())

@@ -13,6 +13,9 @@ from cortex.neuron.models.source import ModelSource
 MAX_FRAME_BYTES = 64 << 20
 LENGTH_BYTES = 4
 
+# `TokenEvent.code` where the request's grammar, and so its tools or its schema, is at fault.
+INVALID_GRAMMAR = "invalid_grammar"
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -124,7 +127,8 @@ class TokenEvent(msgspec.Struct, kw_only=True, frozen=True):
 
     A stop token that ended the sequence is included in `token_ids`. `cached_tokens` counts
     prompt tokens taken from a prefix cache. `is_refusal` goes with an error for which the
-    request is to blame: it would end the same way again.
+    request is to blame: it would end the same way again. `code` is the error's machine-readable
+    cause where it has one.
     """
 
     request_id: int
@@ -132,6 +136,7 @@ class TokenEvent(msgspec.Struct, kw_only=True, frozen=True):
     finish: FinishReason | None = None
     error: str | None = None
     is_refusal: bool = False
+    code: str | None = None
     logprobs: list[Logprob] | None = None
     cached_tokens: int = 0
 

@@ -228,14 +228,99 @@ def test_a_tool_of_very_many_parameters_takes_them_in_declared_order(checker: Ch
     assert not checker.accepts(constraint, call("f", p1="a"))
 
 
-ODD = ['a"b', "a>b", "a\\b", "</function>", "%json {}", "é 🎉", "a\nb", "<[5]>", "/x/", "#"]
+ODD = ['a"b', "a\\b", "%json {}", "\u2028é😀", "a\rb", " a ", "[5]", "/x/", "#", "\x7f", "\x00"]
 
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_names_are_literal(checker: Checker, name: str) -> None:
     declared = tools(tool(name, {"properties": {name: {"type": "string"}}}))
     constraint = optional_calls(declared, checker.markers())
-    assert checker.accepts(constraint, call(name, **{name: "x"}))
+    written = call(name, **{name: "x"})
+    assert checker.accepts(constraint, written)
+    parsed = parse_call(written.removesuffix("</tool_call>"), ToolTable(declared))
+    assert parsed is not None
+    assert (parsed.name, msgspec.json.decode(parsed.arguments)) == (name, {name: "x"})
+
+
+@pytest.mark.parametrize("name", ["a>b", "</function>", "a\nb", "<[5]>", "</tool_call>"])
+def test_a_parameter_name_that_breaks_the_syntax_of_calls_is_refused(
+    checker: Checker, name: str
+) -> None:
+    declared = tools(tool("f", {"properties": {name: {"type": "string"}}}))
+    with pytest.raises(
+        BadRequestError, match=r"tool 'f': parameter .* newline, '<' or '>'"
+    ) as caught:
+        forced_calls(declared, checker.markers())
+    assert caught.value.param == "tools"
+    assert forced_calls(declared, checker.markers(is_xml=False)).lark
+
+
+def test_json_arguments_are_an_object_even_where_the_schema_does_not_say(checker: Checker) -> None:
+    declared = tools(tool("f", {"properties": {"v": {"type": "integer"}}}))
+    constraint = optional_calls(declared, checker.markers(is_xml=False))
+    assert checker.accepts(constraint, '\n{"name": "f", "arguments": {"v": 1}}\n</tool_call>')
+    assert not checker.accepts(constraint, '\n{"name": "f", "arguments": "v"}\n</tool_call>')
+
+
+ENDLESS = {"$ref": "#"}
+WIDE = {"type": "object", "properties": {f"p{at}": {"type": "string"} for at in range(1000)}}
+
+
+# Compiled, this would overflow the stack and end the process.
+DEEP = {
+    "$defs": {
+        f"d{at}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{at + 1}"}}}
+        for at in range(900)
+    },
+    "$ref": "#/$defs/d0",
+}
+
+
+def test_what_parameters_share_is_not_written_out_beyond_the_bound(
+    checker: Checker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_module, "MAX_GRAMMAR_CHARS", 20_000)
+    shared = {"type": "object", "description": "x" * 1000, "properties": {"a": {"type": "string"}}}
+    root = {
+        "$defs": {"shared": shared},
+        "properties": {f"p{at}": {"$ref": "#/$defs/shared"} for at in range(30)},
+    }
+    constraint = forced_calls(tools(tool("f", root)), checker.markers())
+    assert "xxx" not in constraint.lark
+
+
+@pytest.mark.parametrize("is_xml", [True, False])
+def test_a_tool_whose_references_go_too_deep_is_only_held_to_its_types(
+    checker: Checker, is_xml: bool
+) -> None:
+    root = {**DEEP, "properties": {"v": {"type": "array", "items": {"$ref": "#/$defs/d0"}}}}
+    constraint = forced_calls(tools(tool("f", root)), checker.markers(is_xml=is_xml))
+    assert "$ref" not in constraint.lark
+
+
+@pytest.mark.parametrize("schema", [ENDLESS, WIDE, DEEP])
+def test_a_schema_that_compiles_and_cannot_be_followed_is_refused(
+    checker: Checker, schema: dict[str, Any]
+) -> None:
+    with pytest.raises(BadRequestError, match="response_format cannot be followed") as caught:
+        json_answer(JsonSchemaFormat(schema=schema), checker.markers())
+    assert caught.value.param == "response_format"
+
+
+@pytest.mark.parametrize("is_xml", [True, False])
+@pytest.mark.parametrize("schema", [{"type": "object", "allOf": [{"$ref": "#/$defs/a"}]}, WIDE])
+def test_a_parameter_whose_schema_cannot_be_followed_is_only_held_to_its_type(
+    checker: Checker, schema: dict[str, Any], is_xml: bool
+) -> None:
+    root = {
+        "$defs": {"a": {"$ref": "#/$defs/a"}},
+        "properties": {"v": schema},
+        "required": ["v"],
+    }
+    constraint = forced_calls(tools(tool("f", root)), checker.markers(is_xml=is_xml))
+    written = '{"name": "f", "arguments": {"v": {"x": 1}}}'
+    text = call("f", v='{"x": 1}') if is_xml else f"\n{written}\n</tool_call>"
+    assert checker.accepts(constraint, f"<tool_call>{text}")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +358,7 @@ def test_too_many_parameters_are_refused(checker: Checker) -> None:
 
 
 def test_a_parameter_without_a_name_is_refused(checker: Checker) -> None:
-    with pytest.raises(BadRequestError, match="without a name"):
+    with pytest.raises(BadRequestError, match="tool 'f': parameter '' is without a name"):
         forced_calls(tools(tool("f", {"properties": {"": {}}})), checker.markers())
 
 
@@ -343,7 +428,7 @@ def test_a_bad_answer_schema_beside_tools_is_named_as_such(checker: Checker) -> 
 
 
 _names = st.text(
-    st.characters(exclude_categories=["Cs"], exclude_characters=">\n"), min_size=1, max_size=12
+    st.characters(exclude_categories=["Cs"], exclude_characters="<>\n"), min_size=1, max_size=12
 )
 
 

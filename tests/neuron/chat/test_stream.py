@@ -240,9 +240,29 @@ def test_choices_are_told_apart_and_counted_together(model: ChatModel) -> None:
 
 def test_an_answer_that_the_engine_refuses_is_the_requests_fault(model: ChatModel) -> None:
     stream = make_stream(prepare(chat_request(**NO_THINKING), model))
-    refused = TokenEvent(request_id=1, finish="error", error="no such grammar", is_refusal=True)
-    with pytest.raises(BadRequestError, match="no such grammar"):
+    refused = TokenEvent(request_id=1, finish="error", error="no such luck", is_refusal=True)
+    with pytest.raises(BadRequestError, match="no such luck") as caught:
         stream.feed(0, refused)
+    assert caught.value.param is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [WEATHER], "tool_choice": "required"}, "tools"),
+    ],
+)
+def test_a_grammar_that_cannot_be_followed_names_the_field_it_came_from(
+    model: ChatModel, asked: dict[str, Any], param: str
+) -> None:
+    stream = make_stream(prepare(chat_request(**NO_THINKING, **asked), model))
+    refused = TokenEvent(
+        request_id=1, finish="error", error="a dead end", is_refusal=True, code="invalid_grammar"
+    )
+    with pytest.raises(BadRequestError, match=f"a dead end; change {param}") as caught:
+        stream.feed(0, refused)
+    assert caught.value.param == param
 
 
 @pytest.mark.parametrize("finish", ["error", "cancelled"])

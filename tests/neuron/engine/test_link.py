@@ -57,6 +57,12 @@ def test_without_commands_an_unwaiting_receive_returns_at_once(ends):
     assert ends().link.receive(wait=False) == []
 
 
+def test_a_wake_ends_a_waiting_receive_without_a_command(ends):
+    both = ends()
+    both.link.wake()
+    assert both.link.receive(wait=True) == []
+
+
 def test_an_event_is_sent_as_one_frame(ends):
     both = ends()
     both.link.send(Progress(phase="weights", bytes_done=3, bytes_total=4))

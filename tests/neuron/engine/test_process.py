@@ -9,11 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from cortex.neuron.engine.protocol import (
     EVENTS,
     Cancel,
     Command,
+    Constraint,
     Event,
     Loaded,
     LoadFailed,
@@ -140,6 +142,23 @@ def test_an_engine_loads_a_checkpoint_and_serves_it_until_it_is_shut_down(tmp_pa
 
         neuron.send(Shutdown())
         assert neuron.process.wait(10) == 0
+
+
+def test_a_grammar_compiled_beside_an_idle_engine_is_followed(tmp_path, checkpoint):
+    directory, _ = checkpoint
+    checkpoints.write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    asked = Constraint(lark="start: /[ab]{5}/", tokenizer_path=str(path))
+    with engine_process(tmp_path) as neuron:
+        neuron.load(str(directory), max_model_len=200, max_num_seqs=4)
+        for request_id in (1, 2):
+            command = Submit(
+                request_id=request_id, prompt_ids=PROMPT, max_tokens=50, constraint=asked
+            )
+            neuron.send(command)
+            token_ids = neuron.run(request_id)[request_id]
+            text = Tokenizer.from_file(str(path)).decode(token_ids)
+            assert (len(text), set(text) <= {"a", "b"}) == (5, True)
 
 
 def test_a_killed_engine_closes_its_socket_at_once(tmp_path, checkpoint):
