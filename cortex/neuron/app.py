@@ -16,6 +16,7 @@ from pathlib import Path
 from starlette.types import ASGIApp
 
 from cortex.core.config import NeuronConfig, child_environment, user_cache_dir
+from cortex.core.errors import StartupError
 from cortex.neuron.activation import Activator
 from cortex.neuron.chat.model import ChatModel, load_chat_model
 from cortex.neuron.discovery import Monitor, NvmlProbe, Probe
@@ -130,7 +131,11 @@ def _open_chat(entry: Entry, *, cache_dir: Path, default_max_tokens: int) -> Cha
 
 
 def _cache_dir(wanted: Path) -> tuple[Path, ScratchFolder | None]:
-    """Return where tokenizers are kept: `wanted`, or else a folder for this run alone."""
+    """Return where tokenizers are kept: `wanted`, or else a folder for this run alone.
+
+    Raises:
+        StartupError: nothing can be written anywhere.
+    """
     try:
         wanted.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=wanted).close()
@@ -139,7 +144,13 @@ def _cache_dir(wanted: Path) -> tuple[Path, ScratchFolder | None]:
             "state_dir cannot be written; what is kept there is made again at each start",
             extra={"cause": str(exc)},
         )
-        scratch = ScratchFolder()
+        try:
+            scratch = ScratchFolder()
+        except OSError as nowhere:
+            raise StartupError(
+                f"neither state_dir ({wanted.parent}) nor the temporary directory can be written: "
+                f"{nowhere}; make one of them writable"
+            ) from nowhere
         return scratch.path, scratch
     return wanted, None
 

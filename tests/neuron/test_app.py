@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -414,6 +415,14 @@ async def test_without_a_state_dir_tokenizers_are_made_anew_for_this_run(tmp_pat
             answer = await api.post("/v1/tokenize", {"model": "m", "prompt": "<|more|>"})
             assert answer.json["count"] == 1
     assert "state_dir cannot be written" in caplog.text
+
+
+async def test_where_nothing_can_be_written_the_start_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    (tmp_path / "state").touch()
+    with pytest.raises(StartupError, match=r"neither state_dir .*state. nor the temporary"):
+        async with open_app(NeuronConfig(state_dir=str(tmp_path / "state")), probe=FakeProbe()):
+            pass
 
 
 async def test_an_error_inside_the_context_comes_out_as_itself(tmp_path):
