@@ -49,11 +49,15 @@ class Stepper:
             needed = -(-(sequence.length + len(tokens)) // self.block_size)
             while len(sequence.blocks) < needed:
                 sequence.blocks.append(self.free.pop())
+        # Single tokens come first in a batch.
+        order = sorted(range(len(work)), key=lambda i: len(work[i][1]) > 1)
+        batched = tuple(work[i] for i in order)
         with torch.inference_mode():
-            logits = self.model.forward(self._batch(work, last_only=last_only), self.caches)
+            logits = self.model.forward(self._batch(batched, last_only=last_only), self.caches)
         for sequence, tokens in work:
             sequence.length += len(tokens)
-        return list(logits.split([1 if last_only else len(tokens) for _, tokens in work]))
+        parts = logits.split([1 if last_only else len(tokens) for _, tokens in batched])
+        return [parts[order.index(i)] for i in range(len(work))]
 
     def release(self, sequence: Sequence) -> None:
         """Give a sequence's blocks back; what they hold stays as it is."""
@@ -81,5 +85,6 @@ class Stepper:
             kv_slots=torch.tensor(kv_slots),
             block_tables=torch.tensor(tables),
             state_slots=torch.tensor([sequence.slot for sequence, _ in work]),
+            fresh_slots=tuple(s.slot for s, _ in work if s.length == 0 and s.slot >= 0),
             logit_rows=torch.tensor(rows),
         )

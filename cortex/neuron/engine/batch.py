@@ -24,8 +24,13 @@ class BatchBuilder:
         self._table = np.full((num_slots, max_blocks), -1, dtype=np.int64)
 
     def build(self, chunks: list[Chunk]) -> StepBatch:
-        """Return the batch of some chunks, at least one, in their order."""
-        sequences = [chunk.sequence for chunk in chunks]
+        """Return the batch of some chunks, at least one.
+
+        The chunks of a single token come first in it; the rows of logits are in the order of
+        `chunks`.
+        """
+        layout = sorted(chunks, key=lambda chunk: chunk.num_tokens > 1)
+        sequences = [chunk.sequence for chunk in layout]
         for sequence in sequences:
             if sequence.num_tabled_blocks != len(sequence.blocks):
                 row = self._table[sequence.slot]
@@ -34,7 +39,7 @@ class BatchBuilder:
                 row[start : len(sequence.blocks)] = sequence.blocks[start:]
                 sequence.num_tabled_blocks = len(sequence.blocks)
         num_blocks = max(len(sequence.blocks) for sequence in sequences)
-        query_lens = [chunk.num_tokens for chunk in chunks]
+        query_lens = [chunk.num_tokens for chunk in layout]
         context_lens = [sequence.num_computed for sequence in sequences]
         slots = np.array([sequence.slot for sequence in sequences], dtype=np.int64)
         starts = np.zeros(len(chunks) + 1, dtype=np.int64)
@@ -46,14 +51,15 @@ class BatchBuilder:
             token_slots = slots
         else:
             token_ids = []
-            for chunk in chunks:
+            for chunk in layout:
                 start = chunk.sequence.num_computed
                 token_ids += chunk.sequence.token_ids[start : start + chunk.num_tokens]
             shift = np.array(context_lens, dtype=np.int64) - starts[:-1]
             positions = np.arange(num_tokens, dtype=np.int64) + np.repeat(shift, query_lens)
             token_slots = np.repeat(slots, query_lens)
         blocks = self._table[token_slots, positions // self._block_size]
-        last_rows = [i for i, chunk in enumerate(chunks) if chunk.is_last]
+        ends = {chunk.sequence: end for chunk, end in zip(layout, starts[1:].tolist(), strict=True)}
+        logit_rows = [ends[chunk.sequence] - 1 for chunk in chunks if chunk.is_last]
         return StepBatch(
             token_ids=self._tensor(np.array(token_ids, dtype=np.int64)),
             positions=self._tensor(positions),
@@ -63,7 +69,8 @@ class BatchBuilder:
             kv_slots=self._tensor(blocks * self._block_size + positions % self._block_size),
             block_tables=self._tensor(self._table[slots, :num_blocks]),
             state_slots=self._tensor(slots),
-            logit_rows=self._tensor(starts[1:][last_rows] - 1),
+            fresh_slots=tuple(s.slot for s in sequences if s.num_computed == 0),
+            logit_rows=self._tensor(np.array(logit_rows, dtype=np.int64)),
         )
 
     def _tensor(self, array: NDArray[np.int64]) -> Tensor:

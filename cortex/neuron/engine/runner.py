@@ -68,6 +68,7 @@ class Runner:
                 kv_slots=index,
                 block_tables=zero[None],
                 state_slots=zero,
+                fresh_slots=(0,),
                 logit_rows=torch.tensor([num_tokens - 1], device=self.device),
             )
             self.model.forward(batch, self._caches).max(dim=-1)

@@ -70,7 +70,8 @@ class Attention:
             return self._attend_decode(q, decode, keys, values)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if decode is not None:
-            out[decode.rows] = self._attend_decode(decode.take(q), decode, keys, values)
+            rows = slice(0, plan.num_decode)
+            out[rows] = self._attend_decode(q[rows], decode, keys, values)
         for prefill in plan.prefills:
             rows = slice(prefill.start, prefill.stop)
             out[rows] = _attend_prefill(q[rows], k[rows], v[rows], prefill, keys, values)

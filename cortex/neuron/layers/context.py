@@ -1,7 +1,7 @@
 """What one forward pass is given besides weights: the step's flat tokens and the caches.
 
 All sequences of a step lie side by side in one token dimension; a sequence's tokens are a
-prefill chunk or, in decode, a single token.
+prefill chunk or, in decode, a single token. Those that bring a single token come first.
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,15 @@ class StepBatch:
     Attributes:
         token_ids: (N,) int64.
         positions: (N,) int64, each token's index in its sequence.
-        query_lens: tokens of each sequence in this step, at least 1 each; sums to N.
+        query_lens: tokens of each sequence in this step, at least 1 each; sums to N. The ones
+            come first.
         context_lens: tokens of each sequence already in the caches before this step.
         query_starts: (S + 1,) int64, offsets of the sequences in the token dimension.
         kv_slots: (N,) int64, where each token's K and V go: block * block_size + offset.
         block_tables: (S, max_blocks) int64, KV blocks of each sequence in order, -1 padded.
-        state_slots: (S,) int64, GDN state slot of each sequence; -1 is padding. A sequence
-            with context length 0 starts from a zero state whatever its slot holds.
+        state_slots: (S,) int64, GDN state slot of each sequence; -1 is padding.
+        fresh_slots: the slots among them whose sequence begins in this step, and so from a zero
+            state whatever they hold.
         logit_rows: (L,) int64, rows of the token dimension whose logits are wanted.
     """
 
@@ -35,6 +37,7 @@ class StepBatch:
     kv_slots: Tensor
     block_tables: Tensor
     state_slots: Tensor
+    fresh_slots: tuple[int, ...]
     logit_rows: Tensor
 
     @property

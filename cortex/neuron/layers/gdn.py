@@ -5,8 +5,7 @@ from torch import Tensor
 
 from cortex.neuron.kernels import gdn
 from cortex.neuron.layers.linear import Linear
-from cortex.neuron.layers.norm import GatedRmsNorm
-from cortex.neuron.layers.plan import StepPlan
+from cortex.neuron.layers.plan import GdnPlan, StepPlan
 
 
 class GatedDeltaNet:
@@ -17,7 +16,8 @@ class GatedDeltaNet:
         output: value heads back to hidden.
         conv_weight: (conv_dim, width), oldest tap first.
         a_log, dt_bias: (num_value_heads,) float32.
-        norm: over value_dim, gated by z.
+        norm_weight: (value_dim,) float32, of the norm of the value heads that z gates.
+        norm_eps: added to the mean square.
     """
 
     def __init__(
@@ -28,23 +28,18 @@ class GatedDeltaNet:
         conv_weight: Tensor,
         a_log: Tensor,
         dt_bias: Tensor,
-        norm: GatedRmsNorm,
-        num_key_heads: int,
-        num_value_heads: int,
-        key_dim: int,
-        value_dim: int,
+        norm_weight: Tensor,
+        norm_eps: float,
     ) -> None:
         self._projection = projection
         self._output = output
         self._conv_weight = conv_weight
         self._a_log = a_log
         self._dt_bias = dt_bias
-        self._norm = norm
-        self._num_key_heads = num_key_heads
-        self._num_value_heads = num_value_heads
-        self._key_dim = key_dim
-        self._value_dim = value_dim
-        self._conv_dim = 2 * num_key_heads * key_dim + num_value_heads * value_dim
+        self._norm_weight = norm_weight
+        self._norm_eps = norm_eps
+        heads = a_log.shape[0]
+        self._widths = [conv_weight.shape[0], heads * norm_weight.shape[0], heads, heads]
 
     def __call__(self, x: Tensor, plan: StepPlan, windows: Tensor, states: Tensor) -> Tensor:
         """Map (N, hidden) to (N, hidden); the sequences' windows and states are updated.
@@ -55,73 +50,49 @@ class GatedDeltaNet:
             windows: one layer's (slots, conv_width - 1, conv_dim).
             states: one layer's (slots, value_heads, value_dim, key_dim) float32.
         """
-        heads = self._num_value_heads
-        mixed, z, b, a = torch.split(
-            self._projection(x), [self._conv_dim, heads * self._value_dim, heads, heads], dim=-1
+        assert plan.gdn is not None
+        projected = self._projection(x)
+        count = plan.num_decode
+        if count == x.shape[0]:
+            out = self._decode(projected, plan.gdn, windows, states)
+        elif count == 0:
+            out = self._prefill(projected, plan.gdn, windows, states)
+        else:
+            decoded = self._decode(projected[:count], plan.gdn, windows, states)
+            prefilled = self._prefill(projected[count:], plan.gdn, windows, states)
+            out = torch.cat((decoded, prefilled))
+        return self._output(out)
+
+    def _decode(self, projected: Tensor, plan: GdnPlan, windows: Tensor, states: Tensor) -> Tensor:
+        mixed, z, b, a = torch.split(projected, self._widths, dim=-1)
+        return gdn.gdn_decode_step(
+            mixed,
+            z,
+            b,
+            a,
+            conv_weight=self._conv_weight,
+            a_log=self._a_log,
+            dt_bias=self._dt_bias,
+            norm_weight=self._norm_weight,
+            norm_eps=self._norm_eps,
+            windows=windows,
+            states=states,
+            slots=plan.decode_slots,
+        )
+
+    def _prefill(self, projected: Tensor, plan: GdnPlan, windows: Tensor, states: Tensor) -> Tensor:
+        mixed, z, b, a = torch.split(projected, self._widths, dim=-1)
+        assert plan.tables is not None
+        convolved = gdn.causal_conv1d_full(
+            mixed,
+            self._conv_weight,
+            windows=windows,
+            slots=plan.prefill_slots,
+            starts=plan.prefill_starts,
         )
         beta, g = gdn.fused_gdn_gating(b, a, self._a_log, self._dt_bias)
-        core = self._mix(mixed, g, beta, plan, windows, states)
-        out = self._norm(core, torch.unflatten(z, -1, (heads, self._value_dim)))
-        return self._output(out.flatten(1))
-
-    def _mix(
-        self,
-        mixed: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        plan: StepPlan,
-        windows: Tensor,
-        states: Tensor,
-    ) -> Tensor:
-        decode = plan.decode
-        if decode is not None and decode.state_rows is None and not plan.prefills:
-            return self._decode(mixed, g, beta, decode.slots, windows, states)
-        # Rows of padding keep their zeros.
-        core = torch.zeros(
-            mixed.shape[0], self._num_value_heads, self._value_dim, device=mixed.device
+        core = gdn.gdn_prefill(
+            convolved, g, beta, plan.tables, states=states, slots=plan.prefill_slots
         )
-        if decode is not None:
-            rows = (
-                decode.rows
-                if decode.rows is not None
-                else torch.arange(mixed.shape[0], device=mixed.device)
-            )
-            rows = rows if decode.state_rows is None else rows[decode.state_rows]
-            core[rows] = self._decode(
-                mixed[rows], g[rows], beta[rows], decode.slots, windows, states
-            )
-        for prefill in plan.prefills:
-            if prefill.slot is None:
-                continue
-            part = slice(prefill.start, prefill.stop)
-            convolved = gdn.causal_conv1d_full(
-                mixed[None, part], self._conv_weight, pool=windows, slots=prefill.slot
-            )
-            q, k, v = self._split_heads(convolved)
-            core[part] = gdn.chunked_gated_delta_rule_recurrence(
-                q, k, v, g[None, part], beta[None, part], pool=states, slots=prefill.slot
-            )[0]
-        return core
-
-    def _decode(
-        self,
-        mixed: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        slots: Tensor | slice,
-        windows: Tensor,
-        states: Tensor,
-    ) -> Tensor:
-        convolved = gdn.causal_conv1d_update(mixed, self._conv_weight, pool=windows, slots=slots)
-        q, k, v = self._split_heads(convolved[:, None])
-        return gdn.gated_delta_rule_recurrence(
-            q, k, v, g[:, None], beta[:, None], pool=states, slots=slots
-        )[:, 0]
-
-    def _split_heads(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Split (batch, tokens, conv_dim) into normalised q and k heads and v heads, float32."""
-        qk_dim = 2 * self._num_key_heads * self._key_dim
-        qk = gdn.l2_normalise(torch.unflatten(convolved[..., :qk_dim], -1, (-1, self._key_dim)))
-        q, k = qk.chunk(2, dim=-2)
-        v = torch.unflatten(convolved[..., qk_dim:].float(), -1, (-1, self._value_dim))
-        return q * self._key_dim**-0.5, k, v
+        gate = torch.unflatten(z, -1, core.shape[1:])
+        return gdn.gdn_gated_norm(core, gate, self._norm_weight, self._norm_eps).flatten(1)

@@ -21,14 +21,3 @@ class RmsNorm:
         """Return x normalised, same shape and dtype."""
         normed = functional.rms_norm(x.float(), x.shape[-1:], None, self._eps)
         return (normed * self._weight).to(x.dtype)
-
-
-class GatedRmsNorm:
-    """x / rms(x) * w * silu(gate) over the last dimension, (size,) weight in float32."""
-
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self._norm = RmsNorm(weight, eps)
-
-    def __call__(self, x: Tensor, gate: Tensor) -> Tensor:
-        """Return x normalised and gated, shaped like x, in the gate's dtype."""
-        return (self._norm(x.float()) * functional.silu(gate.float())).to(gate.dtype)

@@ -6,7 +6,7 @@ from torch import Tensor
 from cortex.neuron.layers.attention import Attention
 from cortex.neuron.layers.context import Caches, CacheSpec, StepBatch
 from cortex.neuron.layers.gdn import GatedDeltaNet
-from cortex.neuron.layers.norm import GatedRmsNorm, RmsNorm
+from cortex.neuron.layers.norm import RmsNorm
 from cortex.neuron.layers.plan import make_plan
 from cortex.neuron.layers.rotary import RotaryAngles
 from cortex.neuron.models.base import WeightSource
@@ -145,9 +145,6 @@ def _gated_delta_net(
         conv_weight=build.matrix(f"{name}.conv1d.weight", gdn.conv_dim, 1, gdn.conv_width)[:, 0],
         a_log=build.vector(f"{name}.A_log", gdn.num_value_heads),
         dt_bias=build.vector(f"{name}.dt_bias", gdn.num_value_heads),
-        norm=GatedRmsNorm(build.vector(f"{name}.norm.weight", gdn.value_dim), config.rms_norm_eps),
-        num_key_heads=gdn.num_key_heads,
-        num_value_heads=gdn.num_value_heads,
-        key_dim=gdn.key_dim,
-        value_dim=gdn.value_dim,
+        norm_weight=build.vector(f"{name}.norm.weight", gdn.value_dim),
+        norm_eps=config.rms_norm_eps,
     )

@@ -71,3 +71,15 @@ def test_a_slot_forgets_the_blocks_of_its_last_holder():
     other = placed(3, 12, computed=11, blocks=[1, 3, 4], slot=0)
     batch = building.build([Chunk(successor, 1), Chunk(other, 1)])
     assert batch.block_tables.tolist() == [[5, -1, -1], [1, 3, 4]]
+
+
+def test_single_tokens_come_first_and_logits_keep_the_order_asked_for():
+    prefill = placed(2, 9, computed=5, blocks=[4, 0, 9], slot=1)
+    decode = placed(1, 6, computed=5, blocks=[7, 2], slot=3)
+    fresh = placed(3, 1, computed=0, blocks=[5], slot=0)
+    batch = builder().build([Chunk(prefill, 4), Chunk(decode, 1), Chunk(fresh, 1)])
+    assert batch.query_lens == (1, 1, 4)
+    assert batch.state_slots.tolist() == [3, 0, 1]
+    assert batch.fresh_slots == (0,)
+    assert batch.token_ids.tolist() == [15, 30, 25, 26, 27, 28]
+    assert batch.logit_rows.tolist() == [5, 0, 1]

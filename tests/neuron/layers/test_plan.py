@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from cortex.neuron.layers.context import Caches, CacheSpec, StepBatch
@@ -42,36 +43,36 @@ def batch(query_lens, context_lens, slots, tables) -> StepBatch:
         kv_slots=torch.zeros(total, dtype=torch.long),
         block_tables=torch.tensor(tables),
         state_slots=torch.tensor(slots),
+        fresh_slots=tuple(
+            slot for slot, context in zip(slots, context_lens, strict=True) if context == 0 <= slot
+        ),
         logit_rows=torch.arange(total),
     )
 
 
 def test_single_tokens_decode_together_and_longer_ones_prefill_alone():
-    step = batch([1, 3, 1], [5, 2, 9], [0, 1, 2], [[1, 2, -1], [3, 4, -1], [5, 6, 7]])
+    step = batch([1, 1, 3], [5, 9, 2], [0, 2, 1], [[1, 2, -1], [5, 6, 7], [3, 4, -1]])
     plan = make_plan(step, caches_of_ones())
+    assert plan.num_decode == 2
     assert plan.decode is not None
-    assert plan.decode.rows.tolist() == [0, 4]
     assert plan.decode.length == 10
     assert plan.decode.blocks.tolist() == [[1, 2, 0], [5, 6, 7]]
     assert plan.decode.mask.sum(-1).flatten().tolist() == [6, 10]
     (prefill,) = plan.prefills
-    assert (prefill.start, prefill.stop, prefill.length) == (1, 4, 5)
+    assert (prefill.start, prefill.stop, prefill.length) == (2, 5, 5)
     assert prefill.blocks == slice(3, 5)
     assert prefill.mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
 
 
-def test_rows_of_one_length_need_no_mask_and_slots_in_a_row_no_gathering():
+def test_single_tokens_must_come_first():
+    with pytest.raises(AssertionError, match="first"):
+        make_plan(batch([2, 1], [0, 0], [0, 1], [[0], [1]]), caches_of_ones())
+
+
+def test_rows_of_one_length_need_no_mask():
     plan = make_plan(batch([1, 1], [3, 3], [2, 3], [[0], [1]]), caches_of_ones())
     assert plan.decode is not None
-    assert plan.decode.rows is None
     assert plan.decode.mask is None
-    assert plan.decode.slots == slice(2, 4)
-
-
-def test_slots_out_of_order_are_listed():
-    plan = make_plan(batch([1, 1], [3, 3], [3, 2], [[0], [1]]), caches_of_ones())
-    assert plan.decode is not None
-    assert plan.decode.slots.tolist() == [3, 2]
 
 
 def test_one_sequence_with_scattered_blocks_keeps_its_table():
@@ -80,17 +81,35 @@ def test_one_sequence_with_scattered_blocks_keeps_its_table():
     assert plan.decode.blocks.tolist() == [[4, 2, 7]]
 
 
+def test_the_prefills_of_a_step_are_cut_together():
+    step = batch([1, 70, 3], [5, 0, 2], [4, 1, 3], [[1, 2] + [-1] * 17, [0] * 19, [3] * 19])
+    gdn = make_plan(step, caches_of_ones()).gdn
+    assert gdn is not None
+    assert gdn.decode_slots.tolist() == [4]
+    assert gdn.prefill_slots.tolist() == [1, 3]
+    assert gdn.prefill_starts.tolist() == [0, 70, 73]
+    assert gdn.tables is not None
+    assert gdn.tables.chunks.tolist() == [[0, 64, 0, -1], [64, 6, 0, -1], [70, 3, 1, -1]]
+    assert gdn.tables.first_chunks.tolist() == [0, 2, 3]
+
+
+def test_a_decode_step_cuts_nothing():
+    gdn = make_plan(batch([1, 1], [3, 3], [3, 2], [[0], [1]]), caches_of_ones()).gdn
+    assert gdn is not None
+    assert gdn.decode_slots.tolist() == [3, 2]
+    assert gdn.tables is None
+
+
 def test_only_the_slots_of_new_sequences_are_cleared():
     caches = caches_of_ones()
-    make_plan(batch([1, 2, 1], [0, 0, 4], [4, 1, 0], [[0, 1], [2, 3], [4, 5]]), caches)
+    make_plan(batch([1, 1, 2], [0, 4, 0], [4, 0, 1], [[0, 1], [4, 5], [2, 3]]), caches)
     assert caches.recurrent_states[0].sum((1, 2, 3)).tolist() == [4.0, 0.0, 4.0, 4.0, 0.0, 4.0]
     assert caches.conv_states[0].sum((1, 2)).tolist() == [6.0, 0.0, 6.0, 6.0, 0.0, 6.0]
 
 
-def test_a_padding_row_clears_no_slot_and_has_no_state_row():
+def test_a_padding_row_clears_no_slot():
     caches = caches_of_ones()
     plan = make_plan(batch([1, 1], [0, 3], [-1, 5], [[0], [1]]), caches)
     assert caches.recurrent_states.min().item() == 1.0
-    assert plan.decode is not None
-    assert plan.decode.state_rows.tolist() == [1]
-    assert plan.decode.slots == slice(5, 6)
+    assert plan.gdn is not None
+    assert plan.gdn.decode_slots.tolist() == [-1, 5]
