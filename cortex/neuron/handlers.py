@@ -25,6 +25,7 @@ from cortex.core.web import (
     read_body,
 )
 from cortex.neuron.inference import Inference, TokenizeRequest
+from cortex.neuron.kernels.build import features
 from cortex.neuron.lifecycle import Lifecycle
 from cortex.neuron.metrics import CONTENT_TYPE, Metrics
 from cortex.neuron.views import Views
@@ -80,7 +81,7 @@ class Handlers:
 
     async def version(self, _: Request) -> Response:
         """`GET /version`."""
-        return json_response(version())
+        return json_response(msgspec.structs.replace(version(), features=features()))
 
     async def discovery(self, _: Request) -> Response:
         """`GET /discovery`."""

@@ -287,7 +287,9 @@ async def test_version_and_discovery_tell_what_this_host_is(tmp_path):
     probe = FakeProbe()
     probe.free_gib = {HOST: 64.0, 0: 24.0}
     async with neuron(tmp_path, probe=probe) as api:
-        assert (await api.get("/version")).json["package_version"] == "0.2.0"
+        version = (await api.get("/version")).json
+        assert version["package_version"] == "0.2.0"
+        assert version["features"][0] == "native-gdn"
         discovery = (await api.get("/discovery")).json
         assert discovery["devices"] == [
             {"index": 0, "name": "Fake 9000", "vram_total_mb": 65536, "compute_capability": ""}

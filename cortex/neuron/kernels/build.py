@@ -24,6 +24,15 @@ class KernelBuild(msgspec.Struct, frozen=True, kw_only=True):
     flags: tuple[str, ...]
 
 
+def features() -> list[str]:
+    """Return what `GET /version` tells of the operators; empty where they are not built."""
+    build = describe_build()
+    if build is None:
+        return []
+    cuda = [f"cuda-{build.cuda_version}"] if build.cuda_version else []
+    return ["native-gdn", *cuda, *(f"sm_{arch}" for arch in build.cuda_archs)]
+
+
 @functools.cache
 def describe_build() -> KernelBuild | None:
     """Return what the operators were built with; None where they are not built."""

@@ -10,7 +10,8 @@ from cortex.neuron.models.source import detect
 from tests.support import checkpoints
 from tests.support.stepping import Sequence, Stepper
 
-TOLERANCE = 5e-4  # the bar is 2e-3; this holds with room
+# The bar is 2e-3. Over eight layers the rounding of transformers' own chunked form makes 6e-4.
+TOLERANCE = 1e-3
 BAR = 2e-3
 
 VARIANTS = {
