@@ -25,7 +25,11 @@ struct alignas(64) Scratch {
     float key_products[kMaxLanes * kMaxLanes];            // [s][t]: k_s . k_t
     float query_products[kMaxLanes * kMaxLanes];          // [s][t]: k_s . q_t
     float values[(kGdnMaxHeadDim + kMaxLanes) * kMaxLanes];  // v, then out
+    float deltas[kGdnMaxHeadDim];                         // [row]
     float tiles[kTileFloats];                             // states in float32, [row][k_pad]
+    float heads[kGdnMaxDraftTokens * kGdnMaxHeadDim];     // v of one head, then out, [token][v_pad]
+    float fold_keys[kMaxLanes * kGdnMaxHeadDim];          // [ring entry][k_pad]
+    float fold_weights[(kStepRows + kMaxLanes) * kMaxLanes];  // [row][ring entry]
     float taps[kGdnMaxConvWidth * kConvChannels];         // [tap][channel]
 };
 

@@ -19,6 +19,16 @@ struct Bf16 {
 GDN_INLINE Floats broadcast(float x) { return x - Floats{}; }
 GDN_INLINE Words broadcast(uint32_t x) { return x - Words{}; }
 
+// Returns x from a register: the compiler would otherwise load or broadcast it for every use.
+GDN_INLINE Floats in_register(Floats x) {
+#if defined(__x86_64__)
+    __asm__("" : "+v"(x));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(x));
+#endif
+    return x;
+}
+
 template <class To, class From>
 GDN_INLINE To bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From), "only the type changes");
