@@ -39,7 +39,7 @@ _FLAVOURS = {
     "hopper": ["90a"],
     "blackwell": ["100", "120"],
 }
-_NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr"]
+_NVCC_FLAGS = (_CSRC / "nvcc.flags").read_text().split()
 # Python hands its own -g on, which makes the library ten times larger.
 _CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
 

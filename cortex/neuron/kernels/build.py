@@ -2,11 +2,11 @@
 
 import functools
 import importlib
+from dataclasses import dataclass
 
-import msgspec
 
-
-class KernelBuild(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelBuild:
     """How the native operators were built.
 
     Attributes:
@@ -40,4 +40,11 @@ def describe_build() -> KernelBuild | None:
         info = importlib.import_module("cortex.neuron.kernels._info")
     except ImportError:
         return None
-    return msgspec.convert(info.describe(), KernelBuild)
+    told = info.describe()
+    return KernelBuild(
+        cuda_archs=tuple(told["cuda_archs"]),
+        cuda_version=told["cuda_version"],
+        torch_version=told["torch_version"],
+        compiler=told["compiler"],
+        flags=tuple(told["flags"]),
+    )
