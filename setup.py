@@ -231,7 +231,10 @@ def _extensions(torch) -> list[Extension]:
             ("CORTEX_BUILD_ARCHS", json.dumps(" ".join(archs))),
             ("CORTEX_BUILD_CUDA", json.dumps(nvcc.version if nvcc else "")),
             ("CORTEX_BUILD_TORCH", json.dumps(torch.__version__)),
-            ("CORTEX_BUILD_FLAGS", json.dumps(" ".join([*_CXX_FLAGS, *(_NVCC_FLAGS if nvcc else [])]))),
+            (
+                "CORTEX_BUILD_FLAGS",
+                json.dumps(" ".join([*_CXX_FLAGS, *(_NVCC_FLAGS if nvcc else [])])),
+            ),
         ],
         extra_compile_args={"cxx": ["-std=c++17", "-O1", "-g0", "-fvisibility=hidden"]},
         language="c++",

@@ -139,6 +139,7 @@ class Arguments {
             dense *= t.size(i);
         }
         int64_t stride = dense;
+        if (t.numel() == 0) return stride;
         for (int64_t i = token_dims - 1, tokens = 1; i >= 0; --i) {
             if (t.size(i) != 1) {
                 if (tokens == 1) stride = t.stride(i);

@@ -61,7 +61,9 @@ std::atomic<const Kernels*>& chosen() {
     return kernels;
 }
 
-const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
+const Kernels& kernels() {
+    return *chosen().load(std::memory_order_relaxed);
+}
 
 // A thread's own, from its first call to its end.
 Scratch& scratch() {
@@ -69,15 +71,26 @@ Scratch& scratch() {
     return *mine;
 }
 
-int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
+int64_t divide_up(int64_t x, int64_t by) {
+    return (x + by - 1) / by;
+}
 
 // Units that make up a thread's least share, at `work` elements each.
-int64_t grain(int64_t work) { return work > 0 ? divide_up(kGrainWork, work) : kGrainWork; }
+int64_t grain(int64_t work) {
+    return work > 0 ? divide_up(kGrainWork, work) : kGrainWork;
+}
 
-bool is_head_dim(int32_t dim) { return 1 <= dim && dim <= kGdnMaxHeadDim; }
+bool are_heads(int32_t num_k_heads, int32_t k_dim, int32_t v_dim) {
+    const auto is_dim = [](int32_t dim) { return 1 <= dim && dim <= kGdnMaxHeadDim; };
+    return num_k_heads >= 1 && is_dim(k_dim) && is_dim(v_dim);
+}
+
+bool is_width(int32_t width) {
+    return 2 <= width && width <= kGdnMaxConvWidth;
+}
 
 int run_rule(const GdnRule& args, bool prefill) {
-    if (!is_head_dim(args.k_dim) || !is_head_dim(args.v_dim)) return kInvalidValue;
+    if (!are_heads(args.num_k_heads, args.k_dim, args.v_dim)) return kInvalidValue;
     if (args.num_sequences == 0 || args.num_v_heads == 0) return 0;
     const int64_t heads = args.num_sequences * args.num_v_heads;
     const int64_t tokens = divide_up(args.num_tokens, args.num_sequences);
@@ -98,7 +111,7 @@ int run_rule(const GdnRule& args, bool prefill) {
 }
 
 int run_conv(const GdnConv& args) {
-    if (args.width < 2 || args.width > kGdnMaxConvWidth) return kInvalidValue;
+    if (!is_width(args.width)) return kInvalidValue;
     if (args.num_sequences == 0 || args.num_channels == 0) return 0;
     const int64_t threads = num_threads();
     int32_t block = kConvChannels;
@@ -114,10 +127,8 @@ int run_conv(const GdnConv& args) {
     return 0;
 }
 
-int check_step(const GdnStep& args) {
-    const bool valid = is_head_dim(args.k_dim) && is_head_dim(args.v_dim) && args.width >= 2 &&
-                       args.width <= kGdnMaxConvWidth;
-    return valid ? 0 : kInvalidValue;
+bool is_step(const GdnStep& args) {
+    return are_heads(args.num_k_heads, args.k_dim, args.v_dim) && is_width(args.width);
 }
 
 // A unit is a key head with its value heads, in one sequence.
@@ -131,13 +142,17 @@ int64_t step_grain(const GdnStep& args, int64_t tokens) {
 
 using namespace gdn::cpu;
 
-int gdn_cpu_gated_delta_rule_recurrence(const GdnRule* args) { return run_rule(*args, false); }
+int gdn_cpu_gated_delta_rule_recurrence(const GdnRule* args) {
+    return run_rule(*args, false);
+}
 
 int gdn_cpu_chunked_gated_delta_rule_recurrence(const GdnRule* args) {
     return run_rule(*args, false);
 }
 
-int gdn_cpu_gdn_prefill(const GdnRule* args) { return run_rule(*args, true); }
+int gdn_cpu_gdn_prefill(const GdnRule* args) {
+    return run_rule(*args, true);
+}
 
 int gdn_cpu_causal_conv1d_update(const GdnConv* args) {
     GdnConv equal = *args;
@@ -145,26 +160,26 @@ int gdn_cpu_causal_conv1d_update(const GdnConv* args) {
     return run_conv(equal);
 }
 
-int gdn_cpu_causal_conv1d_full(const GdnConv* args) { return run_conv(*args); }
+int gdn_cpu_causal_conv1d_full(const GdnConv* args) {
+    return run_conv(*args);
+}
 
 int gdn_cpu_fused_gdn_gating(const GdnGating* args) {
     const int64_t work = 32 * int64_t{args->num_v_heads};
-    parallel_for(args->num_tokens, grain(work), [&](int64_t begin, int64_t end) {
-        kernels().gating(*args, begin, end);
-    });
+    parallel_for(args->num_tokens, grain(work),
+                 [&](int64_t begin, int64_t end) { kernels().gating(*args, begin, end); });
     return 0;
 }
 
 int gdn_cpu_gdn_gated_norm(const GdnNorm* args) {
     const int64_t rows = args->num_tokens * args->num_v_heads;
-    parallel_for(rows, grain(4 * int64_t{args->v_dim}), [&](int64_t begin, int64_t end) {
-        kernels().norm(*args, begin, end);
-    });
+    parallel_for(rows, grain(4 * int64_t{args->v_dim}),
+                 [&](int64_t begin, int64_t end) { kernels().norm(*args, begin, end); });
     return 0;
 }
 
 int gdn_cpu_gdn_decode_step(const GdnStep* args) {
-    if (const int code = check_step(*args)) return code;
+    if (!is_step(*args)) return kInvalidValue;
     const int64_t units = args->num_sequences * args->num_k_heads;
     parallel_for(units, step_grain(*args, 1), [&](int64_t begin, int64_t end) {
         kernels().decode(*args, begin, end, scratch());
@@ -173,7 +188,7 @@ int gdn_cpu_gdn_decode_step(const GdnStep* args) {
 }
 
 int gdn_cpu_gdn_verify(const GdnStep* args) {
-    if (const int code = check_step(*args)) return code;
+    if (!is_step(*args)) return kInvalidValue;
     if (args->num_draft < 0 || args->num_draft > kGdnMaxDraftTokens ||
         args->num_draft > args->max_draft) {
         return kInvalidValue;
@@ -185,7 +200,9 @@ int gdn_cpu_gdn_verify(const GdnStep* args) {
     return 0;
 }
 
-const char* gdn_cpu_capability(void) { return kernels().name; }
+const char* gdn_cpu_capability(void) {
+    return kernels().name;
+}
 
 int gdn_cpu_set_capability(const char* name) {
     const Kernels* found = find_kernels(name);

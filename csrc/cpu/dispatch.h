@@ -19,18 +19,18 @@ enum {
 // Two float32 rows per token or one per channel; [.] are the largest sizes, of which a call uses
 // the first `k_pad` or so, densely.
 struct alignas(64) Scratch {
-    float keys[kMaxLanes * kGdnMaxHeadDim];               // [token][k_pad]
-    float queries[kMaxLanes * kGdnMaxHeadDim];            // [token][k_pad]
-    float transposed[kGdnMaxHeadDim * 2 * kMaxLanes];     // [k_pad][keys, queries][token]
-    float key_products[kMaxLanes * kMaxLanes];            // [s][t]: k_s . k_t
-    float query_products[kMaxLanes * kMaxLanes];          // [s][t]: k_s . q_t
+    float keys[kMaxLanes * kGdnMaxHeadDim];                  // [token][k_pad]
+    float queries[kMaxLanes * kGdnMaxHeadDim];               // [token][k_pad]
+    float transposed[kGdnMaxHeadDim * 2 * kMaxLanes];        // [k_pad][keys, queries][token]
+    float key_products[kMaxLanes * kMaxLanes];               // [s][t]: k_s . k_t
+    float query_products[kMaxLanes * kMaxLanes];             // [s][t]: k_s . q_t
     float values[(kGdnMaxHeadDim + kMaxLanes) * kMaxLanes];  // v, then out
-    float deltas[kGdnMaxHeadDim];                         // [row]
-    float tiles[kTileFloats];                             // states in float32, [row][k_pad]
-    float heads[kGdnMaxDraftTokens * kGdnMaxHeadDim];     // v of one head, then out, [token][v_pad]
-    float fold_keys[kMaxLanes * kGdnMaxHeadDim];          // [ring entry][k_pad]
+    float deltas[kGdnMaxHeadDim];                            // [row]
+    float tiles[kTileFloats];                                // states in float32, [row][k_pad]
+    float heads[kGdnMaxDraftTokens * kGdnMaxHeadDim];  // v of one head, then out, [token][v_pad]
+    float fold_keys[kMaxLanes * kGdnMaxHeadDim];       // [ring entry][k_pad]
     float fold_weights[(kStepRows + kMaxLanes) * kMaxLanes];  // [row][ring entry]
-    float taps[kGdnMaxConvWidth * kConvChannels];         // [tap][channel]
+    float taps[kGdnMaxConvWidth * kConvChannels];             // [tap][channel]
 };
 
 // How the heads and sequences of a GdnRule are cut into units of work.
@@ -52,7 +52,7 @@ struct Kernels {
     void (*gating)(const GdnGating&, int64_t begin, int64_t end);
     // Units are tokens times value heads.
     void (*norm)(const GdnNorm&, int64_t begin, int64_t end);
-    // Units are key heads times sequences.
+    // Units are sequences times key heads.
     void (*decode)(const GdnStep&, int64_t begin, int64_t end, Scratch&);
     void (*verify)(const GdnStep&, int64_t begin, int64_t end, Scratch&);
 };

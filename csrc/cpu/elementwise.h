@@ -42,11 +42,10 @@ void norm_units(const GdnNorm& args, int64_t begin, int64_t end) {
         using T = decltype(element);
         for (int64_t unit = begin; unit < end; ++unit) {
             const int64_t token = unit / args.num_v_heads, head = unit % args.num_v_heads;
-            norm_head(static_cast<const T*>(args.x) + unit * args.v_dim,
-                      static_cast<const T*>(args.gate) + token * args.gate_stride +
-                          head * args.v_dim,
-                      args.weight, args.v_dim, args.eps,
-                      static_cast<T*>(args.out) + unit * args.v_dim);
+            norm_head(
+                static_cast<const T*>(args.x) + unit * args.v_dim,
+                static_cast<const T*>(args.gate) + token * args.gate_stride + head * args.v_dim,
+                args.weight, args.v_dim, args.eps, static_cast<T*>(args.out) + unit * args.v_dim);
         }
     });
 }

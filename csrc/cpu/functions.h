@@ -13,7 +13,9 @@ GDN_INLINE Floats at_least(Floats x, float bound) {
 #endif
 }
 
-GDN_INLINE Floats at_most(Floats x, float bound) { return -at_least(-x, -bound); }
+GDN_INLINE Floats at_most(Floats x, float bound) {
+    return -at_least(-x, -bound);
+}
 
 // x 2^n for x near 1 and whole n, given as n + 1.5 * 2^23. Below 2^-126 that is 0 where the machine
 // has no instruction for it.
@@ -42,7 +44,9 @@ GDN_INLINE Floats exp_bounded(Floats x) {
 }
 
 // Takes what is above 88 for 88.
-GDN_INLINE Floats exp(Floats x) { return exp_bounded(at_most(x, 88.0f)); }
+GDN_INLINE Floats exp(Floats x) {
+    return exp_bounded(at_most(x, 88.0f));
+}
 
 // a / b for b in [1, 4]: where there is an estimate y of 1 / b, a y (1 + rest + rest^2 ...).
 GDN_INLINE Floats quotient(Floats a, Floats b) {
@@ -68,7 +72,9 @@ GDN_INLINE Floats sigmoid(Floats x) {
     return quotient(x < 0.0f ? e : broadcast(1.0f), e + 1.0f);
 }
 
-GDN_INLINE Floats silu(Floats x) { return x * sigmoid(x); }
+GDN_INLINE Floats silu(Floats x) {
+    return x * sigmoid(x);
+}
 
 // log(1 + exp(x)) = max(x, 0) + log1p(e) with e = exp(-|x|), and log1p(e) = 2 atanh(e / (2 + e)),
 // whose argument is at most 1/3: eight terms of the series leave 2e-9.

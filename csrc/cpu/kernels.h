@@ -38,11 +38,11 @@ void with_dtype(int dtype, const F& f) {
 }
 
 // One after the other: each uses those before it.
+#include "conv.h"
+#include "elementwise.h"
 #include "functions.h"
 #include "rule.h"
 #include "rule_units.h"
-#include "conv.h"
-#include "elementwise.h"
 #include "step.h"
 
 }  // namespace

@@ -11,7 +11,7 @@
 
 constexpr int kRowBlock = kLanes == 16 ? 8 : 4;
 // Below this many tokens a chunk's empty lanes cost more than steps of one token.
-constexpr int kMinChunk = kLanes / 2;
+constexpr int kMinChunk = kLanes * 3 / 4;
 
 // The value heads and rows that share a chunk's keys.
 struct ChunkHead {
@@ -109,8 +109,8 @@ GDN_INLINE void multiply(const float* x, const Floats (&columns)[kLanes], Floats
     }
 }
 
-// One block of rows through a chunk. `values` holds v and then o, [row][token]; `deltas` may be
-// null.
+// One block of rows through a chunk. `values` holds v and then o, [row][token]. Where `deltas`
+// is null the state is updated; else they are kept, [row][token], and the state stays as it is.
 template <int kRows>
 GDN_INLINE void chunk_rows(const ChunkHead& head, const Scratch& scratch, int k_pad, int count,
                            float* tile, int64_t stride, float* values, float* deltas) {
@@ -137,6 +137,7 @@ GDN_INLINE void chunk_rows(const ChunkHead& head, const Scratch& scratch, int k_
         store(values + r * kLanes, by_queries[r]);
         store(rows + r * kLanes, delta[r] * head.to_end);
     }
+    if (deltas) return;
     constexpr int kPart = kRows < 4 ? kRows : 4;
     for (int r = 0; r < kRows; r += kPart) {
         accumulate_rows<kPart>(tile + r * stride, stride, scratch.keys, k_pad, count,
@@ -339,7 +340,9 @@ void normalise(float* x, int k_pad, float scale) {
     for (int i = 0; i < k_pad; i += kLanes) store(x + i, load(x + i) * factor);
 }
 
-float query_scale(int k_dim) { return 1.0f / __builtin_sqrtf(static_cast<float>(k_dim)); }
+float query_scale(int k_dim) {
+    return 1.0f / __builtin_sqrtf(static_cast<float>(k_dim));
+}
 
 template <class T>
 void widen(const T* from, int count, int padded, float* to) {
@@ -381,7 +384,9 @@ struct StateRows {
     }
 };
 
-int padded(int k_dim) { return (k_dim + kLanes - 1) / kLanes * kLanes; }
+int padded(int k_dim) {
+    return (k_dim + kLanes - 1) / kLanes * kLanes;
+}
 
 StateRows state_rows(void* states, int state_dtype, int64_t slot, int num_v_heads, int v_dim,
                      int k_dim, int v_head, int row, int rows) {

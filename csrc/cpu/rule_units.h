@@ -8,7 +8,7 @@
 
 template <class T>
 class RuleRun {
-   public:
+  public:
     RuleRun(const GdnRule& args, bool prefill, const RulePlan& plan, Scratch& scratch)
         : args_(args),
           prefill_(prefill),
@@ -36,7 +36,7 @@ class RuleRun {
         }
     }
 
-   private:
+  private:
     struct Tile {
         int v_head, row, rows;
     };
@@ -126,8 +126,8 @@ class RuleRun {
     }
 
     T* out(int64_t token, const Tile& t) const {
-        return static_cast<T*>(args_.out) +
-               (token * args_.num_v_heads + t.v_head) * args_.v_dim + t.row;
+        return static_cast<T*>(args_.out) + (token * args_.num_v_heads + t.v_head) * args_.v_dim +
+               t.row;
     }
 
     const float* gate(const float* gates, int64_t token, const Tile& t) const {
@@ -180,8 +180,12 @@ class RuleRun {
             const Tile t = tile(i);
             for (int j = 0; j < count; ++j) {
                 const float decay = exp(broadcast(*gate(args_.g, token + j, t)))[0];
-                const Step step{scratch_.keys + j * k_pad_, scratch_.queries + j * k_pad_,
-                                k_dot_q[j], decay, *gate(args_.beta, token + j, t), k_pad_};
+                const Step step{scratch_.keys + j * k_pad_,
+                                scratch_.queries + j * k_pad_,
+                                k_dot_q[j],
+                                decay,
+                                *gate(args_.beta, token + j, t),
+                                k_pad_};
                 widen(value(token + j, t), t.rows, padded(t.rows), scratch_.values);
                 step_tile(step, floats_of(i), k_pad_, t.rows, scratch_.values, scratch_.deltas,
                           scratch_.values);

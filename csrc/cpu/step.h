@@ -6,7 +6,7 @@
 
 template <class T>
 class StepRun {
-   public:
+  public:
     StepRun(const GdnStep& args, bool verify, Scratch& scratch)
         : args_(args),
           verify_(verify),
@@ -36,7 +36,7 @@ class StepRun {
         }
     }
 
-   private:
+  private:
     void zeros() {
         for (int t = 0; t < drafts_; ++t) {
             __builtin_memset(out(t, k_head_ * group_), 0, sizeof(T) * group_ * args_.v_dim);
@@ -89,8 +89,8 @@ class StepRun {
     }
 
     T* ring(int64_t channel, int entry) const {
-        return static_cast<T*>(args_.ring_inputs) +
-               (slot_ * args_.max_draft + entry) * conv_dim_ + channel;
+        return static_cast<T*>(args_.ring_inputs) + (slot_ * args_.max_draft + entry) * conv_dim_ +
+               channel;
     }
 
     // The convolution of one head's channels, [draft][dim_pad] with zeros past dim; then the window
@@ -139,8 +139,8 @@ class StepRun {
 
     // `lane` is the head's in the gates.
     void value_head(int v_head, int lane) {
-        const int64_t channel = 2 * int64_t{args_.num_k_heads} * args_.k_dim +
-                                int64_t{v_head} * args_.v_dim;
+        const int64_t channel =
+            2 * int64_t{args_.num_k_heads} * args_.k_dim + int64_t{v_head} * args_.v_dim;
         convolve(channel, args_.v_dim, v_pad_, scratch_.heads);
         if (chunked_) {
             prepare_head(scratch_, &g_[0][lane], &beta_[0][lane], kLanes, drafts_, head_);
@@ -173,8 +173,12 @@ class StepRun {
     }
 
     void step(float* tile, int rows, int t, int lane, int row, float* deltas) {
-        const Step step{scratch_.keys + t * k_pad_, scratch_.queries + t * k_pad_, k_dot_q_[t],
-                        decay_[t][lane], beta_[t][lane], k_pad_};
+        const Step step{scratch_.keys + t * k_pad_,
+                        scratch_.queries + t * k_pad_,
+                        k_dot_q_[t],
+                        decay_[t][lane],
+                        beta_[t][lane],
+                        k_pad_};
         float* values = scratch_.heads + t * v_pad_ + row;
         step_tile(step, tile, k_pad_, rows, values, deltas, values);
     }

@@ -16,8 +16,12 @@ struct Bf16 {
     uint16_t bits;
 };
 
-GDN_INLINE Floats broadcast(float x) { return x - Floats{}; }
-GDN_INLINE Words broadcast(uint32_t x) { return x - Words{}; }
+GDN_INLINE Floats broadcast(float x) {
+    return x - Floats{};
+}
+GDN_INLINE Words broadcast(uint32_t x) {
+    return x - Words{};
+}
 
 // Returns x from a register: the compiler would otherwise load or broadcast it for every use.
 GDN_INLINE Floats in_register(Floats x) {
@@ -97,14 +101,28 @@ GDN_INLINE Halves narrow_bf16(Floats x) {
     const Words rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
     const Words quiet = word >> 16 | 0x40;
     const Words narrow = (word & 0x7fffffff) > 0x7f800000 ? quiet : rounded;
+#if GDN_CPU_LANES == 8
+    const __m256i words = bit_cast<__m256i>(narrow);
+    return bit_cast<Halves>(
+        _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+#else
     return __builtin_convertvector(narrow, Halves);
+#endif
 }
 
-GDN_INLINE Floats load(const float* from) { return load_raw<Floats>(from); }
-GDN_INLINE Floats load(const F16* from) { return widen_f16(load_raw<Halves>(from)); }
-GDN_INLINE Floats load(const Bf16* from) { return widen_bf16(load_raw<Halves>(from)); }
+GDN_INLINE Floats load(const float* from) {
+    return load_raw<Floats>(from);
+}
+GDN_INLINE Floats load(const F16* from) {
+    return widen_f16(load_raw<Halves>(from));
+}
+GDN_INLINE Floats load(const Bf16* from) {
+    return widen_bf16(load_raw<Halves>(from));
+}
 
-GDN_INLINE void store(float* to, Floats x) { __builtin_memcpy(to, &x, sizeof(x)); }
+GDN_INLINE void store(float* to, Floats x) {
+    __builtin_memcpy(to, &x, sizeof(x));
+}
 GDN_INLINE void store(F16* to, Floats x) {
     const Halves narrow = narrow_f16(x);
     __builtin_memcpy(to, &narrow, sizeof(narrow));
@@ -176,7 +194,9 @@ GDN_INLINE Quad sum4(Floats a, Floats b, Floats c, Floats d) {
 #endif
 }
 
-GDN_INLINE float sum(Floats x) { return sum4(x, x, x, x)[0]; }
+GDN_INLINE float sum(Floats x) {
+    return sum4(x, x, x, x)[0];
+}
 
 #if GDN_CPU_LANES == 16
 #define GDN_LOW_LANES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
