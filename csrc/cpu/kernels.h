@@ -37,11 +37,13 @@ void with_dtype(int dtype, const F& f) {
     }
 }
 
-// One after the other: each uses those before it.
+// Parts that use those before them are apart, so that sorting leaves their order.
+#include "functions.h"
+
+#include "rule.h"
+
 #include "conv.h"
 #include "elementwise.h"
-#include "functions.h"
-#include "rule.h"
 #include "rule_units.h"
 #include "step.h"
 
