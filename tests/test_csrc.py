@@ -15,8 +15,8 @@ SOURCES = [
     if path.suffix in {".h", ".cpp", ".cu", ".cuh"}
 ]
 CLEAN = """\
-ptxas info    : Compiling entry function '_ZN3gdn9some_kernelIfLi4EEEv7GdnRulei' for 'sm_80'
-ptxas info    : Function properties for _ZN3gdn9some_kernelIfLi4EEEv7GdnRulei
+ptxas info    : Compiling entry function '_ZN3gdn11some_kernelIfLi4EEEv7GdnRulei' for 'sm_80'
+ptxas info    : Function properties for _ZN3gdn11some_kernelIfLi4EEEv7GdnRulei
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 96 registers, used 0 barriers, 184 bytes cmem[0]
 """
