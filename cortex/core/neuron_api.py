@@ -145,7 +145,14 @@ class LoadProgress(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class ModelInfo(msgspec.Struct, kw_only=True, frozen=True):
-    """One model this neuron serves or could serve (`GET /models`, `GET /models/{id}`)."""
+    """One model this neuron serves or could serve (`GET /models`, `GET /models/{id}`).
+
+    Attributes:
+        resident_s: seconds since its engine was ready, None while it has none.
+        ttl_s, min_resident_s, pinned, priority: what its load asked for.
+        prefix_match: where a cached prefix may end: at any `block`, or only at a `snapshot` of
+            the state (message ends, prompt ends); None where nothing is cached or nobody says.
+    """
 
     id: str
     harness: str
@@ -163,10 +170,23 @@ class ModelInfo(msgspec.Struct, kw_only=True, frozen=True):
     error: str | None = None
     in_flight: int = 0
     last_used_s: float | None = None  # seconds since the last request, None if never used
+    resident_s: float | None = None
+    ttl_s: float | None = None
+    min_resident_s: float = 0.0
+    pinned: bool = False
+    priority: int | None = None
+    prefix_match: Literal["block", "snapshot"] | None = None
 
 
 class LoadRequest(msgspec.Struct, kw_only=True, frozen=True):
-    """Body of `POST /models/load`."""
+    """Body of `POST /models/load`.
+
+    Attributes:
+        ttl_s: unload it after so long without a request; None keeps it.
+        min_resident_s: refuse to evict it before it was loaded for so long.
+        pinned: never evict it.
+        priority: its residency priority, told to others that look for room.
+    """
 
     model_id: str
     harness: str | None = None
@@ -177,6 +197,10 @@ class LoadRequest(msgspec.Struct, kw_only=True, frozen=True):
     max_model_len: int | None = None
     evict: list[str] = []
     wait: bool = True
+    ttl_s: float | None = None
+    min_resident_s: float = 0.0
+    pinned: bool = False
+    priority: int | None = None
 
 
 class LoadResponse(msgspec.Struct, kw_only=True, frozen=True):
