@@ -15,11 +15,12 @@ from cortex.gateway.auth import Gatekeeper
 from cortex.gateway.dispatch import Dispatcher
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.handlers import Handlers, metrics_routes
+from cortex.gateway.live import Live
 from cortex.gateway.loads import Loads
 from cortex.gateway.metrics import Metrics
-from cortex.gateway.neuron_client import NeuronClient, open_client
+from cortex.gateway.neuron_client import open_client
 from cortex.gateway.poller import Poller
-from cortex.gateway.proxy import Limits, Proxy
+from cortex.gateway.proxy import Proxy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,7 @@ async def open_apps(
 
     On leaving, polls and loads are cancelled; a neuron goes on with a load it has begun.
     """
+    live = Live(config, catalogue)
     settings = config.gateway
     fleet = Fleet((each.name, each.endpoint) for each in config.neurons)
     failure: Exception | None = None
@@ -54,18 +56,25 @@ async def open_apps(
             client,
             fleet,
             metrics,
-            catalogue,
-            strategy=config.eviction.strategy,
+            live,
             poke=poller.poke,
             tasks=tasks,
             clock=clock,
         )
         handlers = Handlers(
+            live=live,
             fleet=fleet,
-            catalogue=catalogue,
-            dispatcher=_dispatcher(config, catalogue, fleet, client, poller, metrics, loads, clock),
+            dispatcher=Dispatcher(
+                live=live,
+                fleet=fleet,
+                loads=loads,
+                proxy=Proxy(client, fleet, live),
+                client=client,
+                metrics=metrics,
+                poke=poller.poke,
+                clock=clock,
+            ),
             gatekeeper=Gatekeeper(config.entitlements),
-            settings=settings,
         )
         try:
             await poller.first_round()
@@ -82,28 +91,3 @@ async def open_apps(
             polling.cancel()
     if failure is not None:
         raise failure
-
-
-def _dispatcher(
-    config: GatewayConfig,
-    catalogue: Catalogue,
-    fleet: Fleet,
-    client: NeuronClient,
-    poller: Poller,
-    metrics: Metrics,
-    loads: Loads,
-    clock: Callable[[], float],
-) -> Dispatcher:
-    settings = config.gateway
-    limits = Limits(first_token_s=settings.first_token_s, stall_s=settings.stall_s)
-    return Dispatcher(
-        fleet=fleet,
-        catalogue=catalogue,
-        loads=loads,
-        proxy=Proxy(client, fleet, limits),
-        client=client,
-        metrics=metrics,
-        cold_wait_s=settings.cold_wait_s,
-        poke=poller.poke,
-        clock=clock,
-    )

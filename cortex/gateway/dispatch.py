@@ -11,7 +11,6 @@ from typing import Protocol
 
 import msgspec
 
-from cortex.core.catalogue import Catalogue
 from cortex.core.errors import (
     CortexError,
     ModelLoadingError,
@@ -22,6 +21,7 @@ from cortex.core.errors import (
 from cortex.core.openai import parse_chat_request
 from cortex.gateway.auth import ANONYMOUS, Caller
 from cortex.gateway.fleet import Fleet, FleetSnapshot
+from cortex.gateway.live import Live
 from cortex.gateway.loads import Loads
 from cortex.gateway.metrics import Metrics, RequestTiming
 from cortex.gateway.neuron_client import NeuronClient, UnreachableError
@@ -115,30 +115,27 @@ class Dispatcher:
     """Takes requests through routing, loading and relaying, and meters them.
 
     Args:
-        cold_wait_s: how long a caller who does not stream waits for a load.
         poke: has a node polled at once.
     """
 
     def __init__(
         self,
         *,
+        live: Live,
         fleet: Fleet,
-        catalogue: Catalogue,
         loads: Loads,
         proxy: Proxy,
         client: NeuronClient,
         metrics: Metrics,
-        cold_wait_s: float,
         poke: Callable[[str], None],
         clock: Callable[[], float],
     ) -> None:
+        self._live = live
         self._fleet = fleet
-        self._catalogue = catalogue
         self._loads = loads
         self._proxy = proxy
         self._client = client
         self._metrics = metrics
-        self._cold_wait_s = cold_wait_s
         self._poke = poke
         self._clock = clock
 
@@ -203,7 +200,7 @@ class Dispatcher:
         Raises:
             CortexError: no node that lists the model answers.
         """
-        model_id = self._catalogue.resolve(ask.name)
+        model_id = self._live.catalogue.resolve(ask.name)
         body = ask.body if model_id == ask.name else with_model(ask.body, model_id)
         error: CortexError | None = None
         for node in nodes_listing(self._fleet.snapshot(), model_id):
@@ -225,7 +222,7 @@ class Dispatcher:
                 error = exc
         if error is not None:
             raise error
-        route = choose_route(self._fleet.snapshot(), self._catalogue, ask.name)
+        route = choose_route(self._fleet.snapshot(), self._live.catalogue, ask.name)
         if isinstance(route, Refuse):
             raise route.error
         raise ServiceUnavailableError(
@@ -234,9 +231,9 @@ class Dispatcher:
 
     def _begin(self, ask: Ask) -> _Journey:
         # Names that nobody knows are not made into labels: callers could make up any number.
-        model_id = self._catalogue.resolve(ask.name)
+        model_id = self._live.catalogue.resolve(ask.name)
         snapshot = self._fleet.snapshot()
-        known = snapshot.lists(model_id) or self._catalogue.find(model_id) is not None
+        known = snapshot.lists(model_id) or self._live.catalogue.find(model_id) is not None
         timing = RequestTiming(
             model=model_id if known else "",
             account=ask.caller.account_id,
@@ -303,7 +300,7 @@ class Dispatcher:
         """
         journey.routes += 1
         route = choose_route(
-            self._fleet.snapshot(), self._catalogue, journey.ask.name, avoid=journey.avoid
+            self._fleet.snapshot(), self._live.catalogue, journey.ask.name, avoid=journey.avoid
         )
         if isinstance(route, Refuse):
             raise journey.error or route.error
@@ -324,7 +321,7 @@ class Dispatcher:
 
     async def _wait_for_load(self, cold: ColdLoad) -> None:
         try:
-            async with asyncio.timeout(self._cold_wait_s):
+            async with asyncio.timeout(self._live.settings.cold_wait_s):
                 await self._loads.ensure_loaded(cold)
         except TimeoutError as exc:
             raise _still_loading(self._fleet.snapshot(), cold.model_id) from exc

@@ -10,8 +10,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from cortex.core import anthropic, openai, translate
-from cortex.core.catalogue import Catalogue
-from cortex.core.config import GatewayListen
 from cortex.core.decode import decode_body
 from cortex.core.errors import MissingModelError, ModelNotFoundError, UpstreamMalformedError
 from cortex.core.translate_stream import StreamTranslator
@@ -25,6 +23,7 @@ from cortex.core.web import (
 from cortex.gateway.auth import Caller, Gatekeeper
 from cortex.gateway.dispatch import Ask, Dispatcher
 from cortex.gateway.fleet import Fleet
+from cortex.gateway.live import Live
 from cortex.gateway.metrics import CONTENT_TYPE, Metrics
 from cortex.gateway.views import health_report, model_card, model_cards
 
@@ -66,19 +65,15 @@ class Handlers:
     def __init__(
         self,
         *,
+        live: Live,
         fleet: Fleet,
-        catalogue: Catalogue,
         dispatcher: Dispatcher,
         gatekeeper: Gatekeeper,
-        settings: GatewayListen,
     ) -> None:
+        self._live = live
         self._fleet = fleet
-        self._catalogue = catalogue
         self._dispatcher = dispatcher
         self._gatekeeper = gatekeeper
-        self._max_body_bytes = settings.max_body_mb << 20
-        self._keepalive_s = settings.keepalive_s
-        self._drop_billing = settings.strip_billing_header
 
     def routes(self) -> list[Route]:
         """Return the API's routes; all but health ask for a key where keys are required."""
@@ -104,14 +99,14 @@ class Handlers:
         return json_response(health_report(self._fleet.snapshot()))
 
     async def _models(self, request: Request, _: Caller) -> Response:
-        cards = model_cards(self._fleet.snapshot(), self._catalogue)
+        cards = model_cards(self._fleet.snapshot(), self._live.catalogue)
         if dialect_of(request.scope) == "anthropic":
             return json_response(anthropic.model_list(cards))
         return json_response(openai.ModelList(data=cards))
 
     async def _model(self, request: Request, _: Caller) -> Response:
         name: str = request.path_params["name"]
-        card = model_card(self._fleet.snapshot(), self._catalogue, name)
+        card = model_card(self._fleet.snapshot(), self._live.catalogue, name)
         if card is None:
             raise ModelNotFoundError(
                 f"model '{name}' does not exist; GET /v1/models lists what there is", param="model"
@@ -120,8 +115,11 @@ class Handlers:
             return json_response(anthropic.model_info(card))
         return json_response(card)
 
+    async def _body(self, request: Request) -> bytes:
+        return await read_body(request, max_bytes=self._live.settings.max_body_mb << 20)
+
     async def _chat(self, request: Request, caller: Caller) -> ASGIApp:
-        body = await read_body(request, max_bytes=self._max_body_bytes)
+        body = await self._body(request)
         head = decode_body(_head_decoder, body)
         if not head.model:
             raise MissingModelError("the request names no model; set `model`", param="model")
@@ -136,16 +134,18 @@ class Handlers:
             return EventStream(
                 self._dispatcher.stream(ask, openai.KEEPALIVE),
                 keepalive=openai.KEEPALIVE,
-                keepalive_s=self._keepalive_s,
+                keepalive_s=self._live.settings.keepalive_s,
                 on_error=openai.error_event,
             )
         answer = await cancel_on_disconnect(request, self._dispatcher.whole(ask))
         return Response(answer, media_type="application/json")
 
     async def _messages(self, request: Request, caller: Caller) -> ASGIApp:
-        body = await read_body(request, max_bytes=self._max_body_bytes)
+        body = await self._body(request)
         message = decode_body(_messages_decoder, body)
-        chat = translate.to_openai(message, drop_billing_header=self._drop_billing)
+        chat = translate.to_openai(
+            message, drop_billing_header=self._live.settings.strip_billing_header
+        )
         ask = Ask(
             name=message.model,
             path=CHAT_PATH,
@@ -158,7 +158,7 @@ class Handlers:
             return EventStream(
                 self._dispatcher.stream(ask, anthropic.PING, translator),
                 keepalive=anthropic.PING,
-                keepalive_s=self._keepalive_s,
+                keepalive_s=self._live.settings.keepalive_s,
                 on_error=translator.fail,
             )
         answer = await cancel_on_disconnect(request, self._dispatcher.whole(ask))
@@ -166,9 +166,11 @@ class Handlers:
         return json_response(translate.from_openai(completion, message.model))
 
     async def _count_tokens(self, request: Request, caller: Caller) -> Response:
-        body = await read_body(request, max_bytes=self._max_body_bytes)
+        body = await self._body(request)
         message = decode_body(_count_decoder, body)
-        chat = translate.to_openai(message, drop_billing_header=self._drop_billing)
+        chat = translate.to_openai(
+            message, drop_billing_header=self._live.settings.strip_billing_header
+        )
         asked = _TokenizeRequest(
             model=chat.model,
             messages=chat.messages,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from cortex.core.catalogue import DEFAULT_PRIORITY, Catalogue
+from cortex.core.catalogue import DEFAULT_PRIORITY
 from cortex.core.errors import (
     CortexError,
     InternalError,
@@ -15,8 +15,9 @@ from cortex.core.errors import (
     ShuttingDownError,
 )
 from cortex.core.neuron_api import LoadResponse
-from cortex.gateway.evictor import Candidate, Strategy, plan_eviction
+from cortex.gateway.evictor import Candidate, plan_eviction
 from cortex.gateway.fleet import Fleet
+from cortex.gateway.live import Live
 from cortex.gateway.metrics import Metrics
 from cortex.gateway.neuron_client import NeuronClient, UnreachableError
 from cortex.gateway.router import ColdLoad, LoadPlan
@@ -88,9 +89,8 @@ class Loads:
         client: NeuronClient,
         fleet: Fleet,
         metrics: Metrics,
-        catalogue: Catalogue,
+        live: Live,
         *,
-        strategy: Strategy,
         poke: Callable[[str], None],
         tasks: asyncio.TaskGroup,
         clock: Callable[[], float],
@@ -100,8 +100,7 @@ class Loads:
         self._client = client
         self._fleet = fleet
         self._metrics = metrics
-        self._catalogue = catalogue
-        self._strategy: Strategy = strategy
+        self._live = live
         self._poke = poke
         self._tasks = tasks
         self._clock = clock
@@ -241,11 +240,11 @@ class Loads:
             needed_bytes=shortage.needed_bytes,
             free_bytes=shortage.free_bytes,
             priority=self._priority(plan.request.model_id),
-            strategy=self._strategy,
+            strategy=self._live.config.eviction.strategy,
         )
 
     def _candidate(self, node: str, resident: Resident, *, spare_busy: bool) -> Candidate:
-        entry = self._catalogue.find(resident.id)
+        entry = self._live.catalogue.find(resident.id)
         snapshot = self._fleet.snapshot()
         # Requests that have left this gateway may not have reached the neuron yet, and a model
         # on its way in has somebody waiting for it.
@@ -263,7 +262,7 @@ class Loads:
         )
 
     def _priority(self, model_id: str) -> int:
-        entry = self._catalogue.find(model_id)
+        entry = self._live.catalogue.find(model_id)
         return entry.priority if entry is not None else DEFAULT_PRIORITY
 
 

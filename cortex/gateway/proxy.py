@@ -15,6 +15,7 @@ import msgspec
 from cortex.core.errors import CortexError, UpstreamConnectionError, UpstreamMalformedError
 from cortex.core.openai import Usage, parse_error, read_usage_comment
 from cortex.gateway.fleet import Fleet, Lease
+from cortex.gateway.live import Live
 from cortex.gateway.metrics import RequestTiming
 from cortex.gateway.neuron_client import NeuronClient, Reply
 from cortex.gateway.router import Serve
@@ -233,10 +234,10 @@ class Exchange:
 class Proxy:
     """Carries requests to nodes."""
 
-    def __init__(self, client: NeuronClient, fleet: Fleet, limits: Limits) -> None:
+    def __init__(self, client: NeuronClient, fleet: Fleet, live: Live) -> None:
         self._client = client
         self._fleet = fleet
-        self._limits = limits
+        self._live = live
 
     async def open(
         self, serve: Serve, path: str, body: bytes, headers: Mapping[str, str], meter: StreamMeter
@@ -247,21 +248,23 @@ class Proxy:
             CortexError: the node could not be reached, refused, broke off or said nothing; the
                 caller has not seen a byte, so another node may be tried.
         """
+        settings = self._live.settings
+        limits = Limits(first_token_s=settings.first_token_s, stall_s=settings.stall_s)
         lease = self._fleet.lease(serve.node, serve.model_id)
         reply: Reply | None = None
         try:
-            async with asyncio.timeout(self._limits.first_token_s):
+            async with asyncio.timeout(limits.first_token_s):
                 reply = await self._post(serve, path, body, headers)
                 if not (reply.header("content-type") or "").startswith("text/event-stream"):
                     raise UpstreamMalformedError(
                         f"node {serve.node} did not answer with an event stream"
                     )
-                exchange = Exchange(lease, reply, self._limits, meter)
+                exchange = Exchange(lease, reply, limits, meter)
                 await exchange.read_first()
         except TimeoutError as exc:
             _abandon(lease, reply)
             raise UpstreamConnectionError(
-                f"node {serve.node} produced no token within {self._limits.first_token_s:g} s"
+                f"node {serve.node} produced no token within {limits.first_token_s:g} s"
             ) from exc
         except BaseException:
             _abandon(lease, reply)
