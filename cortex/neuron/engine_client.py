@@ -143,6 +143,10 @@ class Generation:
 class EngineClient:
     """One engine process and the requests it works on.
 
+    Args:
+        command: the program that becomes the process.
+        spec: what it is to load.
+
     Attributes:
         ended: set when the process is gone and nothing is left of it; `on_end` is called then.
         stats: what the last step reported.
@@ -154,6 +158,7 @@ class EngineClient:
         self,
         model_id: str,
         command: Sequence[str],
+        spec: LoadModel,
         *,
         environment: Mapping[str, str] | None = None,
         clock: Callable[[], float],
@@ -165,6 +170,7 @@ class EngineClient:
         self.loaded: Loaded | None = None
         self.pid: int | None = None
         self._command = command
+        self._spec = spec
         self._environment = environment
         self._on_end = on_end
         self._clock = clock
@@ -228,14 +234,8 @@ class EngineClient:
                 "free room there or set TMPDIR to a short path that can be written"
             ) from exc
 
-    async def load(
-        self,
-        command: LoadModel,
-        *,
-        on_progress: Callable[[Progress], None],
-        timeout_s: float,
-    ) -> Loaded:
-        """Have the engine load a model and wait until it can serve.
+    async def load(self, *, on_progress: Callable[[Progress], None], timeout_s: float) -> Loaded:
+        """Have the engine load its model and wait until it can serve.
 
         Raises:
             CheckpointError: the checkpoint is unreadable or not of a supported family.
@@ -249,7 +249,7 @@ class EngineClient:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._connect_or_end()
-                self._send(command)
+                self._send(self._spec)
                 self.loaded = await self._outcome
         except TimeoutError as exc:
             raise LoadFailedError(

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar, TypeVarTuple
 
 from cortex.core.config import TorchHarness
@@ -27,8 +28,9 @@ from cortex.core.neuron_api import LoadRequest
 from cortex.neuron.admission import Admission
 from cortex.neuron.chat.model import ChatModel
 from cortex.neuron.discovery import Monitor
-from cortex.neuron.engine.protocol import Loaded, LoadModel, Progress
+from cortex.neuron.engine.protocol import LoadModel, Progress
 from cortex.neuron.engine_client import EngineClient, recovering_error
+from cortex.neuron.harness import Engine, LoadedModel
 from cortex.neuron.hub import Hub, HubUnreachableError, is_repo_id, parse_source
 from cortex.neuron.jobs import Job
 from cortex.neuron.library import Entry, Library
@@ -78,8 +80,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    command: LoadModel
+    """How a model is loaded; `open_engine` takes what is called at the engine's end."""
+
     placement: Placement
+    open_engine: Callable[[Callable[[], None]], Engine]
+    load_timeout_s: float
 
 
 class Lifecycle:
@@ -172,7 +177,7 @@ class Lifecycle:
         match model.state.status:
             case "loaded":
                 assert model.chat is not None
-                assert model.engine is not None
+                assert isinstance(model.engine, EngineClient)
                 assert model.admission is not None
                 assert model.loaded is not None
                 if not model.engine.can_serve:
@@ -322,7 +327,7 @@ class Lifecycle:
         await self._evict(model.id, request.evict, model.job)
         placement = await self._place(model, model.entry, request)
         config = self._config
-        command = LoadModel(
+        spec = LoadModel(
             source=model.entry.source,
             device=placement.engine_device,
             dtype=config.dtype,
@@ -332,7 +337,21 @@ class Lifecycle:
             cache_bytes=None if config.cache_mb is None else config.cache_mb << 20,
             num_threads=config.num_threads,
         )
-        return _Plan(command=command, placement=placement)
+        return _Plan(
+            placement=placement,
+            open_engine=partial(self._torch_engine, model.id, spec),
+            load_timeout_s=config.load_timeout_s,
+        )
+
+    def _torch_engine(self, model_id: str, spec: LoadModel, on_end: Callable[[], None]) -> Engine:
+        return EngineClient(
+            model_id,
+            self._engine_command,
+            spec,
+            environment=self._environment,
+            on_end=on_end,
+            clock=self._clock,
+        )
 
     async def _live(self, model: Model, plan: _Plan) -> EngineLost | None:
         """Run one engine from its start to its end; None if the end was wanted."""
@@ -342,22 +361,14 @@ class Lifecycle:
         entry, job = model.entry, model.job
         loop = asyncio.get_running_loop()
         chat = loop.run_in_executor(self._threads, self._open_chat, entry)
-        engine = EngineClient(
-            model.id,
-            self._engine_command,
-            environment=self._environment,
-            on_end=model.wake.set,
-            clock=self._clock,
-        )
+        engine = plan.open_engine(model.wake.set)
 
         def on_progress(progress: Progress) -> None:
             job.advance(progress.phase, progress.bytes_done, progress.bytes_total)
 
         try:
             await engine.start(self._tasks)
-            model.loaded = await engine.load(
-                plan.command, on_progress=on_progress, timeout_s=self._config.load_timeout_s
-            )
+            model.loaded = await engine.load(on_progress=on_progress, timeout_s=plan.load_timeout_s)
             model.chat = replace(await chat, max_model_len=model.loaded.max_model_len)
             self._open(model, engine, plan, model.loaded)
             await self._watch(model, engine)
@@ -373,7 +384,7 @@ class Lifecycle:
             await engine.kill()
             model.engine = None
 
-    async def _watch(self, model: Model, engine: EngineClient) -> None:
+    async def _watch(self, model: Model, engine: Engine) -> None:
         """Return when the engine has ended, is wanted to end, or has to."""
         while not (engine.ended.is_set() or model.state.status == "draining"):
             model.wake.clear()
@@ -385,7 +396,7 @@ class Lifecycle:
                     _logger.error("engine is stuck; ending it", extra={"model": model.id})
                     await engine.kill()
 
-    def _open(self, model: Model, engine: EngineClient, plan: _Plan, loaded: Loaded) -> None:
+    def _open(self, model: Model, engine: Engine, plan: _Plan, loaded: LoadedModel) -> None:
         limits = self._config.admission
         model.engine = engine
         model.admission = Admission(
@@ -455,7 +466,7 @@ class Lifecycle:
             error.extras = insufficient(model.id, claim.device, claim.num_bytes, 0, others).extras
         return EngineLost(error=error, now_s=self._clock(), blameless=blameless)
 
-    async def _drain(self, model: Model, engine: EngineClient) -> None:
+    async def _drain(self, model: Model, engine: Engine) -> None:
         assert model.admission is not None
         _logger.info("draining", extra={"model": model.id, "in_flight": model.in_flight})
         model.admission.close(unloading_error(model))

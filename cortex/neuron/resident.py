@@ -16,8 +16,8 @@ from cortex.core.errors import (
 from cortex.core.neuron_api import LoadRequest
 from cortex.neuron.admission import Admission
 from cortex.neuron.chat.model import ChatModel
-from cortex.neuron.engine.protocol import Loaded
 from cortex.neuron.engine_client import EngineClient
+from cortex.neuron.harness import Engine, LoadedModel
 from cortex.neuron.jobs import Job
 from cortex.neuron.library import Entry
 from cortex.neuron.memory import Claim
@@ -56,8 +56,8 @@ class Model:
     job: Job | None = None
     entry: Entry | None = None
     chat: ChatModel | None = None
-    engine: EngineClient | None = None
-    loaded: Loaded | None = None
+    engine: Engine | None = None
+    loaded: LoadedModel | None = None
     admission: Admission | None = None
     claim: Claim | None = None
     last_used_s: float | None = None
@@ -79,7 +79,7 @@ class Serving:
     chat: ChatModel
     engine: EngineClient
     admission: Admission
-    loaded: Loaded
+    loaded: LoadedModel
 
 
 def check_options(request: LoadRequest) -> None:

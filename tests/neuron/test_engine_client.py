@@ -25,11 +25,14 @@ from cortex.neuron.models.source import ModelSource
 from cortex.neuron.scratch import sweep
 from tests.support.fake_engine import COMMAND, write_script
 
+SPEC = LoadModel(source=ModelSource(kind="hf", path="nowhere"))
+
 
 @asynccontextmanager
 async def running(directory, *, command=COMMAND):
     async with asyncio.TaskGroup() as tasks:
-        client = EngineClient("m", command, clock=time.monotonic)
+        source = ModelSource(kind="hf", path=str(directory))
+        client = EngineClient("m", command, LoadModel(source=source), clock=time.monotonic)
         await client.start(tasks)
         try:
             yield client
@@ -37,9 +40,8 @@ async def running(directory, *, command=COMMAND):
             await client.kill()
 
 
-async def load(client, directory, *, on_progress=lambda progress: None, timeout_s=30.0):
-    source = ModelSource(kind="hf", path=str(directory))
-    return await client.load(LoadModel(source=source), on_progress=on_progress, timeout_s=timeout_s)
+async def load(client, *, on_progress=lambda progress: None, timeout_s=30.0):
+    return await client.load(on_progress=on_progress, timeout_s=timeout_s)
 
 
 def ask(*prompt_ids, max_tokens=1000):
@@ -60,7 +62,7 @@ def is_alive(pid):
 
 async def test_a_loaded_engine_answers_several_requests_at_once(tmp_path):
     async with running(tmp_path) as client:
-        loaded = await load(client, tmp_path)
+        loaded = await load(client)
         assert loaded.max_num_seqs == 4
         first, second = client.submit(ask(1, 2, 3)), client.submit(ask(4, 5))
         assert await tokens_of(second) == [4, 5]
@@ -72,7 +74,7 @@ async def test_a_loaded_engine_answers_several_requests_at_once(tmp_path):
 async def test_a_load_reports_its_progress(tmp_path):
     seen = []
     async with running(tmp_path) as client:
-        await load(client, tmp_path, on_progress=seen.append)
+        await load(client, on_progress=seen.append)
     assert seen == [Progress(phase="weights", bytes_done=50, bytes_total=100)]
 
 
@@ -89,19 +91,19 @@ async def test_each_reason_of_a_failed_load_is_an_error_of_its_own(tmp_path, cod
     write_script(tmp_path, fail=code)
     async with running(tmp_path) as client:
         with pytest.raises(error, match="model 'm' cannot be loaded: scripted failure"):
-            await load(client, tmp_path)
+            await load(client)
 
 
 async def test_a_process_that_dies_while_loading_is_quoted(tmp_path):
     write_script(tmp_path, die_loading=3)
     async with running(tmp_path) as client:
         with pytest.raises(LoadFailedError, match="exit code 3; its last words: RuntimeError"):
-            await load(client, tmp_path)
+            await load(client)
 
 
 async def test_a_program_that_does_not_exist_is_a_failed_load(tmp_path):
     async with asyncio.TaskGroup() as tasks:
-        client = EngineClient("m", [str(tmp_path / "none")], clock=time.monotonic)
+        client = EngineClient("m", [str(tmp_path / "none")], SPEC, clock=time.monotonic)
         with pytest.raises(LoadFailedError, match="no engine process could be started"):
             await client.start(tasks)
 
@@ -109,20 +111,20 @@ async def test_a_program_that_does_not_exist_is_a_failed_load(tmp_path):
 async def test_a_program_that_never_connects_fails_when_it_ends(tmp_path):
     async with running(tmp_path, command=["/bin/sh", "-c", "echo no torch; exit 7"]) as client:
         with pytest.raises(LoadFailedError, match="exit code 7; its last words: no torch"):
-            await load(client, tmp_path)
+            await load(client)
 
 
 async def test_a_load_that_takes_too_long_is_given_up(tmp_path):
     write_script(tmp_path, load_s=60)
     async with running(tmp_path) as client:
         with pytest.raises(LoadFailedError, match="was not loaded within 1 s"):
-            await load(client, tmp_path, timeout_s=1)
+            await load(client, timeout_s=1)
 
 
 async def test_closing_a_generation_cancels_it_in_the_engine(tmp_path):
     write_script(tmp_path, gap_s=0.01, repeat=100)
     async with running(tmp_path) as client:
-        await load(client, tmp_path)
+        await load(client)
         generation = client.submit(ask(1, 2, 3))
         await anext(generation)
         assert client.stats.free_slots == 3
@@ -135,7 +137,7 @@ async def test_closing_a_generation_cancels_it_in_the_engine(tmp_path):
 
 async def test_the_sequences_of_one_request_come_with_their_index_and_end_one_by_one(tmp_path):
     async with running(tmp_path) as client:
-        await load(client, tmp_path)
+        await load(client)
         answers = {0: [], 1: []}
         async for choice_idx, event in client.submit([*ask(1, 2, 3), *ask(4)]):
             answers[choice_idx] += event.token_ids
@@ -145,7 +147,7 @@ async def test_the_sequences_of_one_request_come_with_their_index_and_end_one_by
 async def test_one_sequence_can_be_given_up_while_the_other_goes_on(tmp_path):
     write_script(tmp_path, gap_s=0.001, repeat=20)
     async with running(tmp_path) as client:
-        await load(client, tmp_path)
+        await load(client)
         answers = {0: [], 1: []}
         generation = client.submit([*ask(1), *ask(2)])
         async for choice_idx, event in generation:
@@ -157,7 +159,7 @@ async def test_one_sequence_can_be_given_up_while_the_other_goes_on(tmp_path):
 async def test_a_killed_engine_ends_its_requests_with_an_error(tmp_path):
     write_script(tmp_path, gap_s=0.01, repeat=1000)
     async with running(tmp_path) as client:
-        await load(client, tmp_path)
+        await load(client)
         generation = client.submit(ask(1, 2, 3))
         await anext(generation)
         os.kill(client.pid, signal.SIGKILL)
@@ -175,7 +177,7 @@ async def test_an_engine_that_hangs_up_serves_no_more_and_is_ended(tmp_path, mon
     write_script(tmp_path, hang_up_on_id=66)
     async with running(tmp_path) as client:
         assert not client.can_serve
-        await load(client, tmp_path)
+        await load(client)
         assert client.can_serve
         with pytest.raises(EngineDiedError):
             await tokens_of(client.submit(ask(66)))
@@ -190,7 +192,7 @@ async def test_an_engine_that_hangs_up_serves_no_more_and_is_ended(tmp_path, mon
 async def test_bytes_that_are_no_frame_end_the_engine_and_its_requests(tmp_path):
     write_script(tmp_path, garbage_on_id=66)
     async with running(tmp_path) as client:
-        await load(client, tmp_path)
+        await load(client)
         with pytest.raises(EngineDiedError):
             await tokens_of(client.submit(ask(66)))
         await client.ended.wait()
@@ -200,7 +202,7 @@ async def test_a_reader_that_stops_reading_loses_only_its_own_request(tmp_path, 
     monkeypatch.setattr(engine_client, "MAX_QUEUED_EVENTS", 10)
     write_script(tmp_path, repeat=100)
     async with running(tmp_path) as client:
-        await load(client, tmp_path)
+        await load(client)
         slow = client.submit(ask(1))
         other = client.submit(ask(2))
         assert await tokens_of(other) == [2] * 100
@@ -210,7 +212,7 @@ async def test_a_reader_that_stops_reading_loses_only_its_own_request(tmp_path, 
 
 async def test_stop_ends_the_process_and_removes_its_socket(tmp_path):
     async with running(tmp_path) as client:
-        await load(client, tmp_path)
+        await load(client)
         await client.stop(grace_s=10)
         assert client.ended.is_set()
         assert not is_alive(client.pid)
@@ -220,7 +222,7 @@ async def test_a_process_that_ignores_everything_else_is_killed(tmp_path, monkey
     monkeypatch.setattr(engine_client, "TERM_S", 0.1)
     write_script(tmp_path, stubborn=True)
     async with running(tmp_path) as client:
-        await load(client, tmp_path)
+        await load(client)
         await client.stop(grace_s=0.1)
         assert client.ended.is_set()
         assert "SIGKILL" in client.cause_of_death
@@ -229,7 +231,7 @@ async def test_a_process_that_ignores_everything_else_is_killed(tmp_path, monkey
 async def test_the_socket_directory_is_private_and_gone_afterwards(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     async with running(tmp_path) as client:
-        await load(client, tmp_path)
+        await load(client)
         folders = list(tmp_path.glob("cortex-*"))
         assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700]
     assert not list(tmp_path.glob("cortex-*"))
@@ -239,7 +241,7 @@ async def test_what_the_engine_prints_goes_to_the_log_with_the_model_name(tmp_pa
     write_script(tmp_path, words="loading on the moon")
     caplog.set_level("INFO", logger="cortex.engine")
     async with running(tmp_path) as client:
-        await load(client, tmp_path)
+        await load(client)
         await client.stop(grace_s=10)
     records = [each for each in caplog.records if each.getMessage() == "loading on the moon"]
     assert [each.model for each in records] == ["m"]
@@ -260,7 +262,7 @@ async def test_a_line_without_end_is_logged_in_pieces(tmp_path, caplog):
 async def test_another_neurons_start_leaves_an_engine_that_has_not_connected_yet_alone(tmp_path):
     async with running(tmp_path) as client:
         sweep()
-        assert (await load(client, tmp_path)).max_num_seqs == 4
+        assert (await load(client)).max_num_seqs == 4
 
 
 async def test_a_temporary_directory_that_cannot_take_a_socket_fails_the_load(
@@ -270,7 +272,7 @@ async def test_a_temporary_directory_that_cannot_take_a_socket_fails_the_load(
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     async with asyncio.TaskGroup() as tasks:
-        client = EngineClient("m", COMMAND, clock=time.monotonic)
+        client = EngineClient("m", COMMAND, SPEC, clock=time.monotonic)
         with pytest.raises(LoadFailedError, match="set TMPDIR to a short path"):
             await client.start(tasks)
     assert not list(long.iterdir())
@@ -279,7 +281,7 @@ async def test_a_temporary_directory_that_cannot_take_a_socket_fails_the_load(
 async def test_requests_of_a_stopped_engine_end_with_the_reason_of_the_stop(tmp_path):
     write_script(tmp_path, gap_s=0.01, repeat=1000)
     async with running(tmp_path) as client:
-        await load(client, tmp_path)
+        await load(client)
         generation = client.submit(ask(1))
         await anext(generation)
         await client.stop(grace_s=10, error=ShuttingDownError("going home"))
@@ -290,15 +292,12 @@ async def test_requests_of_a_stopped_engine_end_with_the_reason_of_the_stop(tmp_
 
 
 async def test_an_engine_that_dies_before_it_connects_leaves_no_unread_outcome(tmp_path):
-    client = EngineClient("m", [sys.executable, "-c", "raise SystemExit(3)"], clock=time.monotonic)
+    command = [sys.executable, "-c", "raise SystemExit(3)"]
+    client = EngineClient("m", command, SPEC, clock=time.monotonic)
     async with asyncio.TaskGroup() as tasks:
         await client.start(tasks)
         with pytest.raises(LoadFailedError, match="exit code 3"):
-            await client.load(
-                LoadModel(source=ModelSource(kind="hf", path=str(tmp_path))),
-                on_progress=lambda _: None,
-                timeout_s=30,
-            )
+            await load(client)
     # An exception nobody asked for is reported when its future goes away.
     unread: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unread.append(context))
