@@ -202,6 +202,27 @@ class Node:
             error=model.error,
             in_flight=model.requests,
             last_used_s=self._idle_s(model),
+            resident_s=self._resident_s(model),
+            ttl_s=model.wish.ttl_s,
+            min_resident_s=model.wish.min_resident_s,
+            pinned=model.wish.pinned,
+            priority=model.wish.priority,
+            prefix_match=_prefix_match(model),
+        )
+
+    def _resident_s(self, model: MockModel) -> float | None:
+        if model.status != "loaded" or model.loaded_s is None:
+            return None
+        return self.time.now_s() - model.loaded_s
+
+    def _may_leave(self, model: MockModel) -> bool:
+        """Whether a model may be evicted: idle, not pinned, and there for long enough."""
+        resident_s = self._resident_s(model)
+        return (
+            model.status == "loaded"
+            and model.requests == 0
+            and not model.wish.pinned
+            and (resident_s is None or resident_s >= model.wish.min_resident_s)
         )
 
     def _idle_s(self, model: MockModel) -> float | None:
@@ -260,9 +281,7 @@ class Node:
         idle = [
             self.models[name]
             for name in wish.evict
-            if name in self.models
-            and self.models[name].status == "loaded"
-            and self.models[name].requests == 0
+            if name in self.models and self._may_leave(self.models[name])
         ]
         indices = wish.devices or [device.index for device in self.devices]
         room = {
@@ -277,7 +296,7 @@ class Node:
         for victim in idle:
             self.set_status(victim.id, "unloaded")
             job.evicted.append(victim.id)
-        model.device = best
+        model.device, model.wish = best, wish
         self.starts.append(model.id)
         self.set_status(model.id, "loading")
         self.spawn(self._run_load(model, job))
@@ -313,6 +332,7 @@ class Node:
             await self._take_time(model)
             self._failed_s.pop(model.id, None)
             model.progress = scripted
+            model.loaded_s = self.time.now_s()
             self.set_status(model.id, "loaded")
             self._start_engine(model)
             job.load_s = max(0.1, self.time.now_s() - begun_s)
@@ -419,3 +439,9 @@ class Node:
         except RefusedError as exc:
             self.set_status(model.id, "failed", exc.message)
         await self.changed()
+
+
+def _prefix_match(model: MockModel) -> Literal["block", "snapshot"] | None:
+    if model.engine is None:
+        return None
+    return "block" if model.engine.snapshot_tokens is None else "snapshot"

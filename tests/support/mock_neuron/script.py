@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from cortex.core.neuron_api import Limit, LoadProgress, Servable
+from cortex.core.neuron_api import Limit, LoadProgress, LoadRequest, Servable
 from tests.support.mock_neuron.engine import Engine, EngineSpec
 
 GIB = 1 << 30
@@ -38,6 +38,8 @@ class MockModel:
         refusal: (status, code) of every inference request.
         load_refusal: (status, code) of every load.
         device: where it lies while it is in memory.
+        loaded_s: when it was loaded; None where it was from the start.
+        wish: what its load asked for.
     """
 
     id: str
@@ -68,6 +70,8 @@ class MockModel:
     used_tick: int | None = None
     device: int = 0
     running: Engine | None = None
+    loaded_s: float | None = None
+    wish: LoadRequest = field(default_factory=lambda: LoadRequest(model_id=""))
 
     @property
     def holds_memory(self) -> bool:
