@@ -2,7 +2,8 @@
 
 import asyncio
 import io
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,7 @@ async def run_gateway(
     catalogue: Catalogue | None = None,
     keys: tuple[str, ...] = (),
     strategy: Any = "lru",
+    clock: Callable[[], float] = time.monotonic,
     **settings: Any,
 ) -> AsyncIterator[RunningGateway]:
     """Serve a gateway over nodes (name: endpoint); `settings` are those of `[gateway]`."""
@@ -92,7 +94,7 @@ async def run_gateway(
     shutdown = asyncio.Event()
     bound: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
     async with (
-        open_apps(config, catalogue or Catalogue()) as apps,
+        open_apps(config, catalogue or Catalogue(), clock=clock) as apps,
         asyncio.TaskGroup() as tasks,
     ):
         listeners = [
