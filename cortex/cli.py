@@ -1,4 +1,4 @@
-"""The `cortex` command: serve, neuron, up, status. Each command imports its half when it runs."""
+"""The `cortex` command: serve, neuron, up, status, keys. Each imports its half when it runs."""
 
 import asyncio
 import logging
@@ -208,6 +208,43 @@ def status(endpoint: str, key: str | None, as_json: bool) -> None:
     report = asyncio.run(fetch_status(endpoint, key))
     print_status(report, as_json=as_json)
     sys.exit(report.exit_code)
+
+
+@main.group()
+def keys() -> None:
+    """Make the keys that callers send; the configuration holds only their hashes."""
+
+
+@keys.command("new")
+@click.argument("account")
+@click.option("--id", "key_id", help="What the key is called in metrics and budgets.")
+def keys_new(account: str, key_id: str | None) -> None:
+    """Print a new key for ACCOUNT, and the entry of cortex.toml that lets it in."""
+    from cortex.gateway.auth import new_key, toml_entry
+
+    key = new_key()
+    click.echo("# The key itself is shown this once; give it to its owner:", err=True)
+    click.echo(key, err=True)
+    click.echo("# Append this to cortex.toml:", err=True)
+    click.echo(toml_entry(key, account, key_id))
+
+
+@keys.command("hash")
+@click.argument("account")
+@click.option("--id", "key_id", help="What the key is called in metrics and budgets.")
+def keys_hash(account: str, key_id: str | None) -> None:
+    """Read a key from stdin and print the entry of cortex.toml that lets it in."""
+    from cortex.gateway.auth import MIN_KEY_CHARACTERS, toml_entry
+
+    prompt = "Key: " if sys.stdin.isatty() else ""
+    key = click.prompt(prompt, hide_input=True, prompt_suffix="", err=True).strip()
+    if len(key) < MIN_KEY_CHARACTERS:
+        click.echo(
+            f"cortex: the key has {len(key)} characters; under {MIN_KEY_CHARACTERS} it can be "
+            "guessed from its hash (`cortex keys new` makes a long one)",
+            err=True,
+        )
+    click.echo(toml_entry(key, account, key_id))
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:

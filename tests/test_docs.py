@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cortex.core import catalogue, config
+from cortex.core import catalogue, config, entitlements
 from cortex.core.neuron_api import DeviceHealth, ModelLoad, NeuronHealth
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.metrics import Metrics
@@ -17,8 +17,8 @@ STRUCTS = [
     config.GatewayListen,
     config.Eviction,
     config.NeuronAddress,
-    config.Entitlements,
-    config.ApiKey,
+    entitlements.Entitlements,
+    entitlements.ApiKey,
     config.Upstream,
     config.NeuronConfig,
     config.HarnessName,

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from cortex.core.entitlements import Entitlements
 from cortex.core.errors import ConfigError
 
 T = TypeVar("T")
@@ -66,25 +67,6 @@ class NeuronAddress(_Config, frozen=True):
 
     name: Annotated[str, Meta(min_length=1)]
     endpoint: Annotated[str, Meta(pattern=r"^https?://[^/]+")]
-
-
-class ApiKey(_Config, frozen=True):
-    """`[[entitlements.keys]]`: one key that may call the API."""
-
-    key: Annotated[str, Meta(min_length=1)]
-    account_id: Annotated[str, Meta(min_length=1)]
-    key_id: str | None = None
-
-
-class Entitlements(_Config, frozen=True):
-    """`[entitlements]`: whether callers need a key, and which keys there are."""
-
-    require_auth: bool = False
-    keys: list[ApiKey] = []
-
-    def __post_init__(self) -> None:
-        if self.require_auth and not self.keys:
-            raise ValueError("require_auth is set but there are no keys: nobody could call")
 
 
 class Upstream(_Config, frozen=True):
@@ -211,6 +193,7 @@ def load_gateway_config(path: Path | None) -> GatewayConfig:
         ConfigError: the file or a key cannot be used.
     """
     config = _load(path, GatewayConfig, "CORTEX_", _REFUSED_GATEWAY)
+    config = msgspec.structs.replace(config, entitlements=config.entitlements.without_plain_keys())
     if path is None:
         return config
     beside = path.parent / (config.models_config or "models.toml")

@@ -13,6 +13,7 @@ from cortex.core.config import GatewayConfig
 from cortex.core.web import build_app
 from cortex.gateway.auth import Gatekeeper
 from cortex.gateway.dispatch import Dispatcher
+from cortex.gateway.edge import KeyMiddleware, MetricsGuard
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.handlers import Handlers, metrics_routes
 from cortex.gateway.live import Live
@@ -31,6 +32,7 @@ class GatewayApps:
     metrics: ASGIApp
     fleet: Fleet
     loads: Loads
+    gatekeeper: Gatekeeper
 
 
 @asynccontextmanager
@@ -47,6 +49,8 @@ async def open_apps(
     live = Live(config, catalogue)
     settings = config.gateway
     fleet = Fleet((each.name, each.endpoint) for each in config.neurons)
+    gatekeeper = Gatekeeper(config.entitlements)
+    live.on_change(lambda: gatekeeper.reload(live.config.entitlements))
     failure: Exception | None = None
     async with open_client(settings.connect_s) as client, asyncio.TaskGroup() as tasks:
         poller = Poller(client, fleet, poll_s=settings.poll_s)
@@ -74,15 +78,15 @@ async def open_apps(
                 poke=poller.poke,
                 clock=clock,
             ),
-            gatekeeper=Gatekeeper(config.entitlements),
         )
         try:
             await poller.first_round()
             yield GatewayApps(
-                api=build_app(handlers.routes()),
-                metrics=build_app(metrics_routes(metrics)),
+                api=KeyMiddleware(build_app(handlers.routes()), gatekeeper),
+                metrics=MetricsGuard(build_app(metrics_routes(metrics)), gatekeeper),
                 fleet=fleet,
                 loads=loads,
+                gatekeeper=gatekeeper,
             )
         except Exception as exc:  # noqa: BLE001  carried out of the task group unwrapped
             failure = exc

@@ -1,67 +1,151 @@
-"""Who may call: keys compared as hashes, in constant time."""
+"""Who may call: keys known by their hashes, and what each of them may use."""
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
-from cortex.core.config import Entitlements
+import msgspec
+
+from cortex.core.entitlements import ApiKey, Entitlements, hash_key
 from cortex.core.errors import AuthenticationError
+
+KEY_PREFIX = "sk-cortex-"
+KEY_BYTES = 32
+# A shorter key can be found by trying, once its hash is known.
+MIN_KEY_CHARACTERS = 20
+
+_KEY_HEADERS = frozenset([b"authorization", b"x-api-key"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Whom a request is counted for; both empty for a caller without a known key."""
+    """Whom a request is counted for; both ids are empty for a caller without a known key.
+
+    Attributes:
+        entry: what the configuration says of the key.
+    """
 
     account_id: str = ""
     key_id: str = ""
+    entry: ApiKey | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a known key was sent."""
+        return self.entry is not None
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether no list of models bounds what it may use."""
+        return self.entry is None or self.entry.models is None
+
+    def may_use(self, *names: str) -> bool:
+        """Whether one of a model's names is on the key's list, or there is no list."""
+        if self.entry is None or self.entry.models is None:
+            return True
+        return any(fnmatchcase(name, pattern) for name in names for pattern in self.entry.models)
 
 
 ANONYMOUS = Caller()
 
 
 class Gatekeeper:
-    """Knows the hashes of the keys that may call; the keys themselves are not kept."""
+    """Knows the hashes of the keys that may call; the keys themselves are not kept.
+
+    Keys are looked up by a keyed hash of their hash, so that the time a look takes says nothing
+    about how close a wrong key came, and one look does however many keys there are.
+    """
 
     def __init__(self, entitlements: Entitlements) -> None:
-        self._required = entitlements.require_auth
-        self._callers = [
-            (digest, Caller(account_id=each.account_id, key_id=each.key_id or digest.hex()[:8]))
-            for each in entitlements.keys
-            if (digest := _digest(each.key))
-        ]
+        self._secret = secrets.token_bytes(KEY_BYTES)
+        self.reload(entitlements)
 
-    def check(self, headers: Mapping[str, str]) -> Caller:
+    def reload(self, entitlements: Entitlements) -> None:
+        """Take the keys of a new configuration; requests that were let in go on."""
+        self._required = entitlements.require_auth
+        self._metrics_required = entitlements.metrics_require_auth
+        self._callers = {
+            self._place(each.sha256): Caller(account_id=each.account_id, key_id=each.id, entry=each)
+            for each in entitlements.keys
+        }
+
+    @property
+    def metrics_required(self) -> bool:
+        """Whether the metrics port asks for a key."""
+        return self._metrics_required
+
+    @property
+    def required(self) -> bool:
+        """Whether the API asks for a key."""
+        return self._required
+
+    def find(self, headers: Iterable[tuple[bytes, bytes]]) -> Caller:
+        """Return whose key a request carries; ANONYMOUS without a known one."""
+        # Some clients send a placeholder beside the real one.
+        for key in keys_in(headers):
+            caller = self._callers.get(self._place(hash_key(key)))
+            if caller is not None:
+                return caller
+        return ANONYMOUS
+
+    def check(self, headers: Iterable[tuple[bytes, bytes]]) -> Caller:
         """Let a request pass and say whose it is, or raise.
 
         Raises:
             AuthenticationError: a key is required and none, or an unknown one, was sent.
         """
-        sent = [_digest(key) for key in _keys_in(headers)]
-        # Every key is compared, so that the time taken says nothing about which one came close.
-        found = [
-            caller
-            for key in sent
-            for digest, caller in self._callers
-            if hmac.compare_digest(key, digest)
-        ]
-        if found:
-            return found[0]
-        if not self._required:
-            return ANONYMOUS
-        if not sent:
-            raise AuthenticationError(
-                "a key is required: send `Authorization: Bearer KEY` or `x-api-key: KEY`"
-            )
-        raise AuthenticationError("the key is not known; check it with whoever runs this URL")
+        caller = self.find(headers)
+        if caller.is_known or not self._required:
+            return caller
+        raise refusal(headers)
+
+    def _place(self, sha256: str) -> bytes:
+        return hmac.digest(self._secret, sha256.encode(), hashlib.sha256)
 
 
-def _keys_in(headers: Mapping[str, str]) -> list[str]:
-    """Return the keys a request carries: some clients send a placeholder beside the real one."""
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    bearer = token.strip() if scheme.lower() == "bearer" else ""
-    return [key for key in (bearer, headers.get("x-api-key", "").strip()) if key]
+def refusal(headers: Iterable[tuple[bytes, bytes]]) -> AuthenticationError:
+    """Return the error of a request that carries no known key."""
+    if not keys_in(headers):
+        return AuthenticationError(
+            "a key is required: send `Authorization: Bearer KEY` or `x-api-key: KEY`"
+        )
+    return AuthenticationError("the key is not known; check it with whoever runs this URL")
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def keys_in(headers: Iterable[tuple[bytes, bytes]]) -> list[str]:
+    """Return the keys that a request's raw headers carry."""
+    found = []
+    for name, value in headers:
+        if name in _KEY_HEADERS:
+            text = value.decode("utf-8", "surrogateescape").strip()
+            if name == b"authorization":
+                scheme, _, token = text.partition(" ")
+                text = token.strip() if scheme.lower() == "bearer" else ""
+            if text:
+                found.append(text)
+    return found
+
+
+def new_key() -> str:
+    """Return a key that nobody can guess."""
+    return KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
+
+
+def toml_entry(key: str, account_id: str, key_id: str | None) -> str:
+    """Return the table of cortex.toml that lets a key in."""
+    lines = [
+        "[[entitlements.keys]]",
+        f'key_sha256 = "{hash_key(key)}"',
+        f"account_id = {_toml_string(account_id)}",
+    ]
+    if key_id is not None:
+        lines.append(f"key_id = {_toml_string(key_id)}")
+    return "\n".join(lines)
+
+
+def _toml_string(text: str) -> str:
+    # Every JSON string is a TOML basic string.
+    return msgspec.json.encode(text).decode()

@@ -20,8 +20,9 @@ from cortex.core.web import (
     json_response,
     read_body,
 )
-from cortex.gateway.auth import Caller, Gatekeeper
+from cortex.gateway.auth import Caller
 from cortex.gateway.dispatch import Ask, Dispatcher
+from cortex.gateway.edge import visit_of
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.live import Live
 from cortex.gateway.metrics import CONTENT_TYPE, Metrics
@@ -68,49 +69,46 @@ class Handlers:
         live: Live,
         fleet: Fleet,
         dispatcher: Dispatcher,
-        gatekeeper: Gatekeeper,
     ) -> None:
         self._live = live
         self._fleet = fleet
         self._dispatcher = dispatcher
-        self._gatekeeper = gatekeeper
 
     def routes(self) -> list[Route]:
-        """Return the API's routes; all but health ask for a key where keys are required."""
+        """Return the API's routes; `gateway.edge` asks for a key before any of them."""
         return [
             Route("/", self._health, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
-            Route("/v1/models", self._guarded(self._models), methods=["GET"]),
-            Route("/v1/models/{name:path}", self._guarded(self._model), methods=["GET"]),
-            Route(CHAT_PATH, self._guarded(self._chat), methods=["POST"]),
-            Route("/v1/messages", self._guarded(self._messages), methods=["POST"]),
-            Route("/v1/messages/count_tokens", self._guarded(self._count_tokens), methods=["POST"]),
+            Route("/v1/models", _with_caller(self._models), methods=["GET"]),
+            Route("/v1/models/{name:path}", _with_caller(self._model), methods=["GET"]),
+            Route(CHAT_PATH, _with_caller(self._chat), methods=["POST"]),
+            Route("/v1/messages", _with_caller(self._messages), methods=["POST"]),
+            Route("/v1/messages/count_tokens", _with_caller(self._count_tokens), methods=["POST"]),
         ]
 
-    def _guarded(
-        self, endpoint: Callable[[Request, Caller], Awaitable[ASGIApp]]
-    ) -> Callable[[Request], Awaitable[ASGIApp]]:
-        async def checked(request: Request) -> ASGIApp:
-            return await endpoint(request, self._gatekeeper.check(request.headers))
+    async def _health(self, request: Request) -> Response:
+        report = health_report(self._fleet.snapshot())
+        if not visit_of(request.scope).is_trusted:
+            # Names and addresses of nodes are for those with a key.
+            report = msgspec.structs.replace(report, unservable=[], details=[])
+        return json_response(report)
 
-        return checked
-
-    async def _health(self, _: Request) -> Response:
-        return json_response(health_report(self._fleet.snapshot()))
-
-    async def _models(self, request: Request, _: Caller) -> Response:
-        cards = model_cards(self._fleet.snapshot(), self._live.catalogue)
+    async def _models(self, request: Request, caller: Caller) -> Response:
+        cards = [
+            card
+            for card in model_cards(self._fleet.snapshot(), self._live.catalogue)
+            if caller.may_use(card.id, self._live.catalogue.resolve(card.id))
+        ]
         if dialect_of(request.scope) == "anthropic":
             return json_response(anthropic.model_list(cards))
         return json_response(openai.ModelList(data=cards))
 
-    async def _model(self, request: Request, _: Caller) -> Response:
+    async def _model(self, request: Request, caller: Caller) -> Response:
         name: str = request.path_params["name"]
+        self._check_model(caller, name)
         card = model_card(self._fleet.snapshot(), self._live.catalogue, name)
         if card is None:
-            raise ModelNotFoundError(
-                f"model '{name}' does not exist; GET /v1/models lists what there is", param="model"
-            )
+            raise _no_such_model(name)
         if dialect_of(request.scope) == "anthropic":
             return json_response(anthropic.model_info(card))
         return json_response(card)
@@ -118,11 +116,27 @@ class Handlers:
     async def _body(self, request: Request) -> bytes:
         return await read_body(request, max_bytes=self._live.settings.max_body_mb << 20)
 
+    def _check_model(self, caller: Caller, name: str) -> None:
+        """Refuse a model that the caller's key does not list as if there were none of that name.
+
+        Raises:
+            ModelNotFoundError: the key has a list and the model is not on it.
+        """
+        if caller.sees_all:
+            return
+        catalogue = self._live.catalogue
+        model_id = catalogue.resolve(name)
+        known = catalogue.find(model_id) is not None or self._fleet.snapshot().lists(model_id)
+        # The router's own words for an unknown name list all there are.
+        if not known or not caller.may_use(name, model_id):
+            raise _no_such_model(name)
+
     async def _chat(self, request: Request, caller: Caller) -> ASGIApp:
         body = await self._body(request)
         head = decode_body(_head_decoder, body)
         if not head.model:
             raise MissingModelError("the request names no model; set `model`", param="model")
+        self._check_model(caller, head.model)
         ask = Ask(
             name=head.model,
             path=CHAT_PATH,
@@ -143,6 +157,7 @@ class Handlers:
     async def _messages(self, request: Request, caller: Caller) -> ASGIApp:
         body = await self._body(request)
         message = decode_body(_messages_decoder, body)
+        self._check_model(caller, message.model)
         chat = translate.to_openai(
             message, drop_billing_header=self._live.settings.strip_billing_header
         )
@@ -168,6 +183,7 @@ class Handlers:
     async def _count_tokens(self, request: Request, caller: Caller) -> Response:
         body = await self._body(request)
         message = decode_body(_count_decoder, body)
+        self._check_model(caller, message.model)
         chat = translate.to_openai(
             message, drop_billing_header=self._live.settings.strip_billing_header
         )
@@ -183,6 +199,21 @@ class Handlers:
         answer = await cancel_on_disconnect(request, self._dispatcher.tokenize(ask))
         count = _decode_answer(_tokenize_decoder, answer).count
         return json_response(anthropic.CountTokensResponse(input_tokens=count))
+
+
+def _with_caller(
+    endpoint: Callable[[Request, Caller], Awaitable[ASGIApp]],
+) -> Callable[[Request], Awaitable[ASGIApp]]:
+    async def handed(request: Request) -> ASGIApp:
+        return await endpoint(request, visit_of(request.scope).caller)
+
+    return handed
+
+
+def _no_such_model(name: str) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"model '{name}' does not exist; GET /v1/models lists what there is", param="model"
+    )
 
 
 def metrics_routes(metrics: Metrics) -> list[Route]:

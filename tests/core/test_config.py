@@ -82,10 +82,6 @@ def test_every_key_of_the_originals_neuron_file_loads_under_its_old_table_name(t
         ("[eviction]\nstrategy = 'fifo'", ["cortex.toml", "strategy"]),
         ("[eviction]\ndefrag_after_cycles = 50", ["defrag_after_cycles", "remove the key"]),
         ("[[nodes]]\nname = 'a'", ["cortex.toml", "nodes", "[[neurons]]"]),
-        (
-            "[[entitlements.keys]]\nkey = 'a'\naccount_id = 'b'\nhard_cap = 5",
-            ["entitlements.keys.hard_cap", "budgets"],
-        ),
         ("[entitlements]\nrequire_auth = true", ["no keys"]),
         ("[upstream]\nenabled = true", ["upstream.enabled"]),
         (

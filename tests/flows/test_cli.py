@@ -1,5 +1,6 @@
 """The `cortex` command as people use it on a terminal."""
 
+import hashlib
 import socket
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from cortex.core.config import load_gateway_config
 from tests.support.processes import Cortex, answers, environment, free_port, run_cortex
 
 
@@ -18,7 +20,7 @@ def test_version_names_the_package_and_torch(tmp_path: Path):
     assert "torch 2." in done.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "neuron", "up", "status"])
+@pytest.mark.parametrize("command", ["serve", "neuron", "up", "status", "keys"])
 def test_help_explains_each_command(tmp_path: Path, command: str):
     done = run_cortex(tmp_path, command, "--help")
     assert done.returncode == 0
@@ -147,3 +149,25 @@ def test_sigterm_during_the_first_load_ends_everything(tmp_path: Path, moment: s
     assert process.returncode == 0, errors
     assert errors == ""
     assert not any(Path(f"/proc/{pid}").exists() for pid in engines)
+
+
+def test_keys_new_prints_a_key_and_the_entry_that_lets_it_in(tmp_path: Path):
+    done = run_cortex(tmp_path, "keys", "new", 'ali"ce', "--id", "laptop")
+    assert done.returncode == 0
+    key = next(line for line in done.stderr.splitlines() if line.startswith("sk-cortex-"))
+    assert key not in done.stdout
+    (tmp_path / "cortex.toml").write_text(done.stdout)
+    entry = load_gateway_config(tmp_path / "cortex.toml").entitlements.keys[0]
+    assert (entry.account_id, entry.key_id) == ('ali"ce', "laptop")
+    assert entry.sha256 == hashlib.sha256(key.encode()).hexdigest()
+
+
+def test_keys_hash_reads_a_key_from_stdin_and_warns_of_a_short_one(tmp_path: Path):
+    done = run_cortex(tmp_path, "keys", "hash", "alice", stdin="secret\n")
+    assert done.returncode == 0
+    assert "key has 6 characters" in done.stderr
+    assert done.stdout == (
+        "[[entitlements.keys]]\n"
+        'key_sha256 = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"\n'
+        'account_id = "alice"\n'
+    )

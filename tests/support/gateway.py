@@ -12,14 +12,8 @@ import aiohttp
 import msgspec
 
 from cortex.core.catalogue import Catalogue
-from cortex.core.config import (
-    ApiKey,
-    Entitlements,
-    Eviction,
-    GatewayConfig,
-    GatewayListen,
-    NeuronAddress,
-)
+from cortex.core.config import Eviction, GatewayConfig, GatewayListen, NeuronAddress
+from cortex.core.entitlements import ApiKey, Entitlements
 from cortex.core.serve import Listener, serve
 from cortex.gateway.app import GatewayApps, open_apps
 
@@ -78,16 +72,22 @@ async def run_gateway(
     *,
     catalogue: Catalogue | None = None,
     keys: tuple[str, ...] = (),
+    entitlements: Entitlements | None = None,
     strategy: Any = "lru",
     clock: Callable[[], float] = time.monotonic,
     **settings: Any,
 ) -> AsyncIterator[RunningGateway]:
-    """Serve a gateway over nodes (name: endpoint); `settings` are those of `[gateway]`."""
+    """Serve a gateway over nodes (name: endpoint); `settings` are those of `[gateway]`.
+
+    Args:
+        keys: keys of which one is required; `entitlements` stands for the whole table instead.
+    """
     config = GatewayConfig(
         gateway=GatewayListen(**settings),
         eviction=Eviction(strategy=strategy),
         neurons=[NeuronAddress(name=name, endpoint=url) for name, url in nodes.items()],
-        entitlements=Entitlements(
+        entitlements=entitlements
+        or Entitlements(
             require_auth=bool(keys), keys=[ApiKey(key=key, account_id="test") for key in keys]
         ),
     )

@@ -142,12 +142,15 @@ def answers(url: str) -> bool:
         return probe.connect_ex((host, int(port))) == 0
 
 
-def run_cortex(tmp: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_cortex(
+    tmp: Path, *arguments: str, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a `cortex` command to its end."""
     return subprocess.run(
         [sys.executable, "-m", "cortex", *arguments],
         capture_output=True,
         text=True,
+        input=stdin,
         env=environment(tmp),
         timeout=60,
         check=False,

@@ -1,0 +1,85 @@
+"""`[entitlements]` of cortex.toml: who may call, and for what."""
+
+import hashlib
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+Name = Annotated[str, Meta(min_length=1)]
+KeyHash = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class _Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Base of these tables: a typo stops the start."""
+
+
+class ApiKey(_Config, frozen=True):
+    """`[[entitlements.keys]]`: one key that may call the API, and what for.
+
+    Attributes:
+        key, key_sha256: the key itself, or the SHA-256 of it in hex; one of the two.
+        models: names and globs of the models it may use; None for all.
+    """
+
+    account_id: Name
+    key: Name | None = None
+    key_sha256: KeyHash | None = None
+    key_id: Name | None = None
+    models: list[Name] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.key is None) == (self.key_sha256 is None):
+            raise ValueError(
+                f"a key of account {self.account_id}: give `key` or `key_sha256`, one of the two "
+                "(`cortex keys new` makes one and prints its entry)"
+            )
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the key in hex."""
+        return self.key_sha256 or hash_key(self.key or "")
+
+    @property
+    def id(self) -> str:
+        """What the key is called in metrics and budgets: its `key_id` or the start of its hash."""
+        return self.key_id or self.sha256[:8]
+
+
+class Entitlements(_Config, frozen=True):
+    """`[entitlements]`: whether callers need a key, and which keys there are."""
+
+    require_auth: bool = False
+    metrics_require_auth: bool = False  # the metrics port asks for a key, too
+    keys: list[ApiKey] = []
+
+    def __post_init__(self) -> None:
+        if (self.require_auth or self.metrics_require_auth) and not self.keys:
+            raise ValueError(
+                "require_auth or metrics_require_auth is set but there are no keys: "
+                "nobody could call"
+            )
+        seen: set[tuple[str, str]] = set()
+        hashes: set[str] = set()
+        for each in self.keys:
+            if each.sha256 in hashes:
+                raise ValueError(f"a key of account {each.account_id} is there twice; remove one")
+            if (each.account_id, each.id) in seen:
+                raise ValueError(
+                    f"two keys of account {each.account_id} have the key_id {each.id}; budgets and "
+                    "metrics go by it, so give each its own"
+                )
+            seen.add((each.account_id, each.id))
+            hashes.add(each.sha256)
+
+    def without_plain_keys(self) -> "Entitlements":
+        """Return the same with every `key` replaced by its hash."""
+        keys = [
+            msgspec.structs.replace(each, key=None, key_sha256=each.sha256) for each in self.keys
+        ]
+        return msgspec.structs.replace(self, keys=keys)
+
+
+def hash_key(key: str) -> str:
+    """Return what stands for a key in the configuration."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
