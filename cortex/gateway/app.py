@@ -32,7 +32,6 @@ class GatewayApps:
     metrics: ASGIApp
     fleet: Fleet
     loads: Loads
-    gatekeeper: Gatekeeper
 
 
 @asynccontextmanager
@@ -86,7 +85,6 @@ async def open_apps(
                 metrics=MetricsGuard(build_app(metrics_routes(metrics)), gatekeeper),
                 fleet=fleet,
                 loads=loads,
-                gatekeeper=gatekeeper,
             )
         except Exception as exc:  # noqa: BLE001  carried out of the task group unwrapped
             failure = exc
