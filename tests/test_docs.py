@@ -38,7 +38,9 @@ TABLES = {"gateway", "eviction", "neurons", "entitlements", "keys", "upstream"} 
 def documented_keys() -> set[str]:
     text = (ROOT / "docs" / "configuration.md").read_text()
     cells = re.findall(r"^\| ([^|]+) \|", text, flags=re.MULTILINE)
-    return {key for cell in cells if "**" not in cell for key in re.findall(r"`([a-z_]+)`", cell)}
+    return {
+        key for cell in cells if "**" not in cell for key in re.findall(r"`([a-z_0-9]+)`", cell)
+    }
 
 
 @pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: struct.__name__)
