@@ -57,13 +57,25 @@ class Discovery(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class DeviceHealth(msgspec.Struct, kw_only=True, frozen=True):
-    """One device's last reading."""
+    """One device's last reading.
+
+    `free_bytes` is what a load could still take: free and not promised to another.
+    """
 
     index: int
     vram_used_mb: int
     vram_free_mb: int
     utilization_pct: int = 0
     temp_c: int = 0
+    free_bytes: int | None = None
+    total_bytes: int | None = None
+
+
+class HostMemory(msgspec.Struct, kw_only=True, frozen=True):
+    """The host's own memory, where models go that run on the CPU; `free_bytes` as of a device."""
+
+    free_bytes: int
+    total_bytes: int
 
 
 class FailedActivation(msgspec.Struct, kw_only=True, frozen=True):
@@ -84,7 +96,11 @@ class Activation(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class ModelLoad(msgspec.Struct, kw_only=True, frozen=True):
-    """One resident model's work in hand and its measured rates (tokens per second)."""
+    """One resident model's work in hand and its measured rates (tokens per second).
+
+    `num_requests` counts those begun since the model was loaded, `last_used_s` is the time since
+    the last one, None if there was none.
+    """
 
     id: str
     in_flight: int = 0
@@ -98,6 +114,8 @@ class ModelLoad(msgspec.Struct, kw_only=True, frozen=True):
     rejected_timeout: int = 0
     tok_s_prefill: float = 0.0
     tok_s_decode: float = 0.0
+    num_requests: int = 0
+    last_used_s: float | None = None
 
 
 class NeuronHealth(msgspec.Struct, kw_only=True, frozen=True):
@@ -106,6 +124,7 @@ class NeuronHealth(msgspec.Struct, kw_only=True, frozen=True):
     uptime_secs: int
     status: Literal["ok", "draining"] = "ok"
     devices: list[DeviceHealth] = []
+    host: HostMemory | None = None
     activation: Activation | None = None
     models: list[ModelLoad] = []
 
@@ -148,6 +167,9 @@ class ModelInfo(msgspec.Struct, kw_only=True, frozen=True):
     """One model this neuron serves or could serve (`GET /models`, `GET /models/{id}`).
 
     Attributes:
+        need_bytes: what it holds, or what a load would ask of the devices of this host: weights,
+            the least useful cache and the process.
+        cache_bytes: the caches of a loaded model.
         resident_s: seconds since its engine was ready, None while it has none.
         ttl_s, min_resident_s, pinned, priority: what its load asked for.
         prefix_match: where a cached prefix may end: at any `block`, or only at a `snapshot` of
@@ -160,6 +182,8 @@ class ModelInfo(msgspec.Struct, kw_only=True, frozen=True):
     devices: list[int] = []
     vram_used_mb: int | None = None
     weight_bytes: int | None = None
+    cache_bytes: int | None = None
+    need_bytes: int | None = None
     capabilities: list[str] = []
     limit: Limit | None = None
     cost: Cost | None = None
@@ -230,3 +254,28 @@ class Endpoint(msgspec.Struct, kw_only=True, frozen=True):
     """`GET /models/{id}/endpoint`: where to send requests for a loaded model."""
 
     url: str
+
+
+# What `GET /events` sends. Every event has an id `<epoch>-<n>`: the epoch is random and as long
+# as the process lives, n counts up. Whoever comes back with the last id it saw gets what
+# followed; who comes without one, or too late, begins with a snapshot.
+EventName = Literal["snapshot", "model", "model_removed", "load", "node"]
+
+
+class NeuronSnapshot(msgspec.Struct, kw_only=True, frozen=True):
+    """Data of a `snapshot` event: everything that later events change."""
+
+    models: list[ModelInfo]
+    health: NeuronHealth
+    discovery: Discovery
+    version: Version
+
+
+class ModelRemoved(msgspec.Struct, kw_only=True, frozen=True):
+    """Data of a `model_removed` event: neither resident nor servable any more.
+
+    Of the others, `model` carries a ModelInfo, `load` a list of the ModelLoads that changed, and
+    `node` a NeuronHealth.
+    """
+
+    id: str

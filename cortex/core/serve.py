@@ -23,6 +23,8 @@ KEEP_ALIVE_S = 75
 KEEP_ALIVE_REQUESTS = 1_000_000
 # Where in a request's scope the event lies that tells it to end now, in words.
 LAST_CALL = "cortex.last_call"
+# And the event that tells that the server has begun to end, for what would go on for ever.
+SHUTDOWN = "cortex.shutdown"
 LAST_CALL_S = 1.0
 
 _logger = logging.getLogger("cortex.http")
@@ -74,7 +76,7 @@ async def serve(
             for listener, bound in zip(listeners, sockets, strict=True):
                 servers.create_task(
                     hypercorn_serve(
-                        cast(Framework, _with_last_call(listener.app, last_call)),
+                        cast(Framework, _with_events(listener.app, shutdown, last_call)),
                         _config(bound, drain_s),
                         shutdown_trigger=shutdown.wait,
                         mode="asgi",
@@ -93,8 +95,9 @@ async def _call_last(shutdown: asyncio.Event, last_call: asyncio.Event, drain_s:
     last_call.set()
 
 
-def _with_last_call(app: ASGIApp, last_call: asyncio.Event) -> ASGIApp:
+def _with_events(app: ASGIApp, shutdown: asyncio.Event, last_call: asyncio.Event) -> ASGIApp:
     async def called(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[SHUTDOWN] = shutdown
         scope[LAST_CALL] = last_call
         await app(scope, receive, send)
 

@@ -20,12 +20,14 @@ from cortex.core.errors import StartupError
 from cortex.neuron.activation import Activator
 from cortex.neuron.chat.model import ChatModel, load_chat_model
 from cortex.neuron.discovery import Monitor, NvmlProbe, Probe
+from cortex.neuron.events import EventHub
 from cortex.neuron.handlers import Handlers
 from cortex.neuron.hub import Hub
 from cortex.neuron.inference import Inference
 from cortex.neuron.library import DEMO_DISTRIBUTIONS, Entry, Library
 from cortex.neuron.lifecycle import Lifecycle
 from cortex.neuron.metrics import Metrics
+from cortex.neuron.native import NativeHarness
 from cortex.neuron.scope import task_scope
 from cortex.neuron.scratch import ScratchFolder, sweep
 from cortex.neuron.views import Views
@@ -33,6 +35,7 @@ from cortex.neuron.views import Views
 ENGINE_COMMAND = (sys.executable, "-m", "cortex.neuron.engine.process")
 # How often new checkpoints in the model directories are looked for and described.
 RESCAN_S = 30.0
+REPUBLISH_S = 1.0
 
 _logger = logging.getLogger(__name__)
 
@@ -68,16 +71,22 @@ async def open_app(
     open_chat = partial(
         _open_chat, cache_dir=cache_dir, default_max_tokens=torch.default_max_tokens
     )
-    lifecycle = Lifecycle(
+    harness = NativeHarness(
         config=torch,
         library=library,
         hub=hub,
-        monitor=monitor,
-        metrics=metrics,
         engine_command=engine_command,
         environment=child_environment({"OMP_NUM_THREADS": str(torch.num_threads)}),
         open_chat=open_chat,
         clock=clock,
+    )
+    lifecycle = Lifecycle(
+        config=torch,
+        harnesses=[harness],
+        monitor=monitor,
+        metrics=metrics,
+        clock=clock,
+        on_change=lambda model_id: events.changed(model_id),
     )
     inference = Inference(
         lifecycle,
@@ -98,10 +107,12 @@ async def open_app(
         clock=clock,
     )
     metrics.show(views.gauges)
+    events = EventHub(views, clock=clock)
     handlers = Handlers(
         lifecycle=lifecycle,
         inference=inference,
         views=views,
+        events=events,
         metrics=metrics,
         max_body_bytes=config.max_body_mb << 20,
     )
@@ -110,6 +121,7 @@ async def open_app(
             background = [
                 tasks.create_task(activator.run(), name="default models"),
                 tasks.create_task(_keep_library(library, reader), name="library"),
+                tasks.create_task(_keep_publishing(events), name="events"),
             ]
             try:
                 yield handlers.app()
@@ -118,6 +130,7 @@ async def open_app(
                     task.cancel()
     finally:
         inference.close()
+        harness.close()
         hub.close()
         monitor.close()
         reader.shutdown(wait=False, cancel_futures=True)
@@ -166,6 +179,15 @@ async def _keep_library(library: Library, reader: Executor) -> None:
         except Exception:  # the outermost loop of a background task
             _logger.exception("the model directories could not be read; trying again later")
             await asyncio.sleep(RESCAN_S)
+
+
+async def _keep_publishing(events: EventHub) -> None:
+    while True:
+        try:
+            await events.run()
+        except Exception:  # the outermost loop of a background task
+            _logger.exception("events could not be published; trying again")
+            await asyncio.sleep(REPUBLISH_S)
 
 
 def _unix_s() -> float:

@@ -1,12 +1,13 @@
 """The neuron's HTTP routes; errors of all of them speak OpenAI's envelope."""
 
+import asyncio
+
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from cortex.core.build import version
 from cortex.core.decode import decode_body
 from cortex.core.errors import ModelNotFoundError
 from cortex.core.neuron_api import (
@@ -17,6 +18,7 @@ from cortex.core.neuron_api import (
     UnloadResponse,
 )
 from cortex.core.openai import KEEPALIVE, error_event, parse_chat_request
+from cortex.core.serve import SHUTDOWN
 from cortex.core.web import (
     EventStream,
     build_app,
@@ -24,8 +26,8 @@ from cortex.core.web import (
     json_response,
     read_body,
 )
+from cortex.neuron.events import PING, EventHub
 from cortex.neuron.inference import Inference, TokenizeRequest
-from cortex.neuron.kernels.build import features
 from cortex.neuron.lifecycle import Lifecycle
 from cortex.neuron.metrics import CONTENT_TYPE, Metrics
 from cortex.neuron.views import Views
@@ -36,6 +38,8 @@ MAX_CONTROL_BODY_BYTES = 1 << 20
 KEEPALIVE_S = 1.0
 # A listing waits this long for a fresh look at the directories, then shows the last one.
 LISTING_WAIT_S = 0.2
+# The hub sends a sign of life every second; this one is for when it cannot.
+EVENTS_KEEPALIVE_S = 1.5
 
 _load_decoder = msgspec.json.Decoder(LoadRequest)
 _unload_decoder = msgspec.json.Decoder(UnloadRequest)
@@ -51,12 +55,14 @@ class Handlers:
         lifecycle: Lifecycle,
         inference: Inference,
         views: Views,
+        events: EventHub,
         metrics: Metrics,
         max_body_bytes: int,
     ) -> None:
         self._lifecycle = lifecycle
         self._inference = inference
         self._views = views
+        self._events = events
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
 
@@ -68,6 +74,7 @@ class Handlers:
                 Route("/discovery", self.discovery),
                 Route("/health", self.health),
                 Route("/metrics", self.metrics),
+                Route("/events", self.events),
                 Route("/models", self.models),
                 Route("/models/load", self.load, methods=["POST"]),
                 Route("/models/unload", self.unload, methods=["POST"]),
@@ -81,7 +88,7 @@ class Handlers:
 
     async def version(self, _: Request) -> Response:
         """`GET /version`."""
-        return json_response(msgspec.structs.replace(version(), features=features()))
+        return json_response(self._views.version())
 
     async def discovery(self, _: Request) -> Response:
         """`GET /discovery`."""
@@ -94,6 +101,17 @@ class Handlers:
     async def metrics(self, _: Request) -> Response:
         """`GET /metrics`."""
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+    async def events(self, request: Request) -> EventStream:
+        """`GET /events`: what changes here, from the last event the caller has seen."""
+        last_id = request.headers.get("last-event-id") or request.query_params.get("last_event_id")
+        ending: asyncio.Event = request.scope.get(SHUTDOWN) or asyncio.Event()
+        return EventStream(
+            self._events.stream(last_id, ending),
+            keepalive=PING,
+            keepalive_s=EVENTS_KEEPALIVE_S,
+            on_error=error_event,
+        )
 
     async def models(self, _: Request) -> Response:
         """`GET /models`."""

@@ -1,15 +1,26 @@
-"""What the lifecycle asks of an engine, whatever program it is.
+"""What the lifecycle asks of an engine and of its kind, whatever program it is.
 
-`EngineClient` (our own engine) and `CommandEngine` (somebody else's server) meet it. What a
-request is handed to differs between them and is not part of it.
+`EngineClient` is our own engine, `NativeHarness` makes it. What a request is handed to differs
+between engines and is not part of this.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from cortex.core.errors import CortexError
+from cortex.core.errors import CortexError, ServiceUnavailableError
+from cortex.core.neuron_api import LoadRequest
+from cortex.neuron.chat.model import ChatModel
 from cortex.neuron.engine.protocol import EngineStats, Progress
+from cortex.neuron.jobs import Job
+from cortex.neuron.library import Entry
+from cortex.neuron.memory import Placement, Wish
+
+
+class ModelNotLoadedError(ServiceUnavailableError):
+    """The model could be served here but is not in memory."""
+
+    code = "model_not_loaded"
 
 
 class LoadedModel(Protocol):
@@ -75,3 +86,49 @@ class Engine(Protocol):
 
     async def kill(self) -> None:
         """End it now; returns when it is gone."""
+
+
+class Harness(Protocol):
+    """One kind of engine on this host: what it can serve, and how an engine of it is made."""
+
+    @property
+    def name(self) -> str:
+        """What a load request calls it."""
+
+    @property
+    def load_timeout_s(self) -> float:
+        """How long a load may take."""
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """What it could serve, by id, without looking anew."""
+
+    def find(self, model_id: str) -> Entry | None:
+        """Return the entry of an id."""
+
+    async def refresh(self, limit_s: float) -> None:
+        """Look again at what could be served, unless that was done a moment ago."""
+
+    def check(self, request: LoadRequest) -> None:
+        """Raise CortexError for an option that cannot be met or a model that is not known."""
+
+    def missing(self, model_id: str) -> CortexError:
+        """Return what a request for a model that is not resident is told."""
+
+    async def locate(self, request: LoadRequest, job: Job) -> Entry:
+        """Return what is to be loaded, with its facts, fetching it if need be."""
+
+    def wish(self, entry: Entry, request: LoadRequest) -> Wish | None:
+        """Return what the load asks of memory; None where that is not known yet."""
+
+    def make_engine(
+        self,
+        entry: Entry,
+        request: LoadRequest,
+        placement: Placement,
+        on_end: Callable[[], None],
+    ) -> Engine:
+        """Return an engine that is not started yet."""
+
+    async def open_chat(self, entry: Entry) -> ChatModel | None:
+        """Return what turns messages into tokens; None where the engine does that itself."""

@@ -28,9 +28,10 @@ from cortex.neuron.chat.model import ChatModel
 from cortex.neuron.chat.prepare import Prepared, prepare, prompt_ids
 from cortex.neuron.chat.stream import ChatCollector, ChatStream
 from cortex.neuron.engine_client import Generation
-from cortex.neuron.lifecycle import Lifecycle, OpenChat
+from cortex.neuron.lifecycle import Lifecycle
 from cortex.neuron.metrics import Metrics, RequestTiming
 from cortex.neuron.models.source import ModelSource
+from cortex.neuron.native import OpenChat
 from cortex.neuron.resident import Serving
 
 PREPARE_THREADS = 4

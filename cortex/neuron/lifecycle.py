@@ -6,11 +6,10 @@ in, out or in service has one task, `_supervise`, which holds its engine and eve
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar, TypeVarTuple
 
 from cortex.core.config import TorchHarness
@@ -23,20 +22,20 @@ from cortex.core.errors import (
     LoadFailedError,
     ModelNotFoundError,
     ShuttingDownError,
+    UnsupportedFieldError,
 )
 from cortex.core.neuron_api import LoadRequest
 from cortex.neuron.admission import Admission
-from cortex.neuron.chat.model import ChatModel
+from cortex.neuron.devices import DeviceMemory
 from cortex.neuron.discovery import Monitor
-from cortex.neuron.engine.protocol import LoadModel, Progress
+from cortex.neuron.engine.protocol import Progress
 from cortex.neuron.engine_client import EngineClient, recovering_error
-from cortex.neuron.harness import Engine, LoadedModel
-from cortex.neuron.hub import Hub, HubUnreachableError, is_repo_id, parse_source
+from cortex.neuron.harness import Engine, Harness, LoadedModel
+from cortex.neuron.hub import HubUnreachableError
 from cortex.neuron.jobs import Job
-from cortex.neuron.library import Entry, Library
-from cortex.neuron.memory import Claim, Placement, Resident, Wish, insufficient, place
+from cortex.neuron.library import Entry
+from cortex.neuron.memory import Claim, Placement, Resident, free_bytes, insufficient, place
 from cortex.neuron.metrics import Metrics
-from cortex.neuron.models.source import ModelSource
 from cortex.neuron.residency import (
     Effect,
     Ended,
@@ -44,16 +43,13 @@ from cortex.neuron.residency import (
     EngineReady,
     Happening,
     LoadAsked,
+    Residency,
     UnloadAsked,
     decide,
 )
 from cortex.neuron.resident import (
-    LOADING_RETRY_S,
     Model,
-    ModelNotLoadedError,
     Serving,
-    check_options,
-    check_quant,
     failed_error,
     loading_error,
     unloading_error,
@@ -72,7 +68,9 @@ STALL_CHECK_S = 10.0
 # Failed models and load times that are remembered.
 MAX_REMEMBERED = 256
 
-OpenChat = Callable[[Entry], ChatModel]
+# What a load request may call a harness by besides its name.
+ALIASES = {"candle": "torch"}
+
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 _logger = logging.getLogger(__name__)
@@ -80,53 +78,41 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """How a model is loaded; `open_engine` takes what is called at the engine's end."""
-
+    entry: Entry
+    request: LoadRequest
     placement: Placement
-    open_engine: Callable[[Callable[[], None]], Engine]
-    load_timeout_s: float
 
 
 class Lifecycle:
     """Loads and unloads models on request and keeps the loaded ones alive. Use as a context.
 
     Args:
-        engine_command: the program that becomes an engine process.
-        environment: of the engine processes; None passes on this one's.
-        open_chat: loads what turns messages into tokens; blocking, called in a thread.
+        harnesses: the engine kinds of this host; a model that none of them knows is the first's.
         clock: monotonic seconds.
+        on_change: called with a model's id whenever what is to be told of it may have changed.
     """
 
     def __init__(
         self,
         *,
         config: TorchHarness,
-        library: Library,
-        hub: Hub,
+        harnesses: Sequence[Harness],
         monitor: Monitor,
         metrics: Metrics,
-        engine_command: Sequence[str],
-        open_chat: OpenChat,
         clock: Callable[[], float],
-        environment: dict[str, str] | None = None,
+        on_change: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.library = library
+        self._harnesses = {each.name: each for each in harnesses}
         self._config = config
-        self._hub = hub
         self._monitor = monitor
         self._metrics = metrics
-        self._engine_command = engine_command
-        self._open_chat = open_chat
         self._clock = clock
-        self._environment = environment
+        self._on_change = on_change
         self._models: dict[str, Model] = {}
         self._load_s: dict[str, float] = {}
         self._is_closing = False
         self._tasks: asyncio.TaskGroup | None = None
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="lifecycle")
-        # A directory that hangs may hang this thread and no other.
-        self._scanner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="library scan")
-        self._scan: asyncio.Future[None] | None = None
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator["Lifecycle"]:
@@ -140,7 +126,6 @@ class Lifecycle:
                     await self._close()
         finally:
             self._threads.shutdown(wait=False, cancel_futures=True)
-            self._scanner.shutdown(wait=False, cancel_futures=True)
 
     async def find(self, model_id: str) -> Entry:
         """Return a checkpoint that lies on this host, loaded or not.
@@ -148,11 +133,24 @@ class Lifecycle:
         Raises:
             ModelNotFoundError: none goes by that name.
         """
-        await self._refresh_for(model_id)
-        entry = self.library.find(model_id)
+        harness = await self._harness_of(model_id)
+        entry = harness.find(model_id)
         if entry is not None:
             return entry
-        raise self._not_resident(model_id)
+        raise harness.missing(model_id)
+
+    def harness_names(self) -> list[str]:
+        """Return the engine kinds of this host."""
+        return list(self._harnesses)
+
+    def harness_of(self, model_id: str) -> Harness:
+        """Return the engine kind that knows a model, or the first."""
+        found = (each for each in self._harnesses.values() if each.find(model_id) is not None)
+        return next(found, next(iter(self._harnesses.values())))
+
+    def listings(self) -> list[Mapping[str, Entry]]:
+        """Return what could be served, by id, of each engine kind."""
+        return [each.entries for each in self._harnesses.values()]
 
     def models(self) -> list[Model]:
         """Return the models that are not merely servable: loaded, moving or failed."""
@@ -173,23 +171,22 @@ class Lifecycle:
         """
         model = self._models.get(model_id)
         if model is None:
-            raise self._not_resident(model_id)
+            raise self.harness_of(model_id).missing(model_id)
         match model.state.status:
             case "loaded":
                 assert model.chat is not None
                 assert isinstance(model.engine, EngineClient)
                 assert model.admission is not None
-                assert model.loaded is not None
                 if not model.engine.can_serve:
                     # Its end is known here before the task that owns it has seen it.
                     raise recovering_error(model.id)
                 model.last_used_s = self._clock()
+                model.num_requests += 1
                 return Serving(
                     model_id=model_id,
                     chat=model.chat,
                     engine=model.engine,
                     admission=model.admission,
-                    loaded=model.loaded,
                 )
             case "loading":
                 raise loading_error(model)
@@ -200,7 +197,7 @@ class Lifecycle:
             case "failed":
                 raise failed_error(model, self._clock())
             case "unloaded":
-                raise self._not_resident(model_id)
+                raise model.harness.missing(model_id)
 
     async def load(self, request: LoadRequest) -> Job:
         """Start or join the load of a model; the job tells when it is done.
@@ -211,16 +208,13 @@ class Lifecycle:
             LoadFailedError: the last attempt has just failed; the message has the cause.
             ShuttingDownError: the process is ending.
         """
-        check_options(request)
-        await self._refresh_for(request.model_id)
-        if request.source is not None:
-            parse_source(request.source)
-        elif self.library.find(request.model_id) is None and not self._is_on_hub(request.model_id):
-            raise self._not_resident(request.model_id)
+        harness = await self._harness_of(request.model_id, request.harness)
+        harness.check(request)
         while True:
             if self._is_closing:
                 raise _shutting_down()
-            model = self._models.setdefault(request.model_id, Model(id=request.model_id))
+            new = Model(id=request.model_id, harness=harness)
+            model = self._models.setdefault(request.model_id, new)
             effects = self._apply(model, LoadAsked(now_s=self._clock()))
             if Effect.WAIT_FOR_END in effects:
                 await model.ended.wait()
@@ -228,7 +222,7 @@ class Lifecycle:
             if Effect.REFUSE in effects:
                 raise failed_error(model, self._clock())
             if Effect.START in effects:
-                self._start(model, request)
+                self._start(model, harness, request)
             assert model.job is not None
             return model.job
 
@@ -261,6 +255,10 @@ class Lifecycle:
         """Whether everything is being unloaded."""
         return self._is_closing
 
+    def free_bytes(self, memory: DeviceMemory) -> int:
+        """Return what a load could still take of a device as it was read."""
+        return free_bytes(memory, self._claims())
+
     def residents(self) -> list[Resident]:
         """Return who holds memory, least recently used first."""
         now_s = self._clock()
@@ -277,7 +275,8 @@ class Lifecycle:
         ]
         return sorted(found, key=lambda each: -(each.last_used_s or float("inf")))
 
-    def _start(self, model: Model, request: LoadRequest) -> None:
+    def _start(self, model: Model, harness: Harness, request: LoadRequest) -> None:
+        model.harness = harness
         model.job = self._job(model)
         model.ended.clear()
         model.wake.clear()
@@ -316,60 +315,45 @@ class Lifecycle:
                 self._forget(model)
             model.ended.set()
 
+    def _claims(self) -> list[Claim]:
+        return [each.claim for each in self._models.values() if each.claim is not None]
+
     def _job(self, model: Model) -> Job:
         return Job(model.id, clock=self._clock, last_load_s=self._load_s.get(model.id))
 
     async def _prepare(self, model: Model, request: LoadRequest) -> _Plan:
         """Find the checkpoint, make room and choose the device."""
         assert model.job is not None
-        model.entry = await self._locate(model.id, request, model.job)
-        check_quant(request, model.entry.source)
+        model.entry = await model.harness.locate(request, model.job)
         await self._evict(model.id, request.evict, model.job)
         placement = await self._place(model, model.entry, request)
-        config = self._config
-        spec = LoadModel(
-            source=model.entry.source,
-            device=placement.engine_device,
-            dtype=config.dtype,
-            max_model_len=request.max_model_len or config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            max_batched_tokens=config.max_batched_tokens,
-            cache_bytes=None if config.cache_mb is None else config.cache_mb << 20,
-            num_threads=config.num_threads,
-        )
-        return _Plan(
-            placement=placement,
-            open_engine=partial(self._torch_engine, model.id, spec),
-            load_timeout_s=config.load_timeout_s,
-        )
-
-    def _torch_engine(self, model_id: str, spec: LoadModel, on_end: Callable[[], None]) -> Engine:
-        return EngineClient(
-            model_id,
-            self._engine_command,
-            spec,
-            environment=self._environment,
-            on_end=on_end,
-            clock=self._clock,
-        )
+        return _Plan(entry=model.entry, request=request, placement=placement)
 
     async def _live(self, model: Model, plan: _Plan) -> EngineLost | None:
         """Run one engine from its start to its end; None if the end was wanted."""
         assert model.job is not None
-        assert model.entry is not None
         assert self._tasks is not None
-        entry, job = model.entry, model.job
-        loop = asyncio.get_running_loop()
-        chat = loop.run_in_executor(self._threads, self._open_chat, entry)
-        engine = plan.open_engine(model.wake.set)
+        job = model.job
+        engine = model.harness.make_engine(
+            plan.entry, plan.request, plan.placement, on_end=model.wake.set
+        )
 
         def on_progress(progress: Progress) -> None:
             job.advance(progress.phase, progress.bytes_done, progress.bytes_total)
+            self._on_change(model.id)
 
         try:
-            await engine.start(self._tasks)
-            model.loaded = await engine.load(on_progress=on_progress, timeout_s=plan.load_timeout_s)
-            model.chat = replace(await chat, max_model_len=model.loaded.max_model_len)
+            async with task_scope() as tasks:
+                opening = tasks.create_task(
+                    model.harness.open_chat(plan.entry), name=f"chat {model.id}"
+                )
+                await engine.start(self._tasks)
+                model.loaded = await engine.load(
+                    on_progress=on_progress, timeout_s=model.harness.load_timeout_s
+                )
+            model.chat = opening.result()
+            if model.chat is not None:
+                model.chat = replace(model.chat, max_model_len=model.loaded.max_model_len)
             self._open(model, engine, plan, model.loaded)
             await self._watch(model, engine)
             if model.state.status == "draining":
@@ -380,7 +364,6 @@ class Lifecycle:
         except CortexError as exc:
             return self._lost(model, exc)
         finally:
-            chat.cancel()
             await engine.kill()
             model.engine = None
 
@@ -426,7 +409,7 @@ class Lifecycle:
         """Record a failed load or a dead engine; return the pause before the next attempt."""
         was = model.state.status
         decision = decide(model.state, lost)
-        model.state = decision.state
+        self._enter(model, decision.state)
         self._metrics.engine_lost(model.id, was)
         _logger.warning(
             "model lost",
@@ -482,23 +465,6 @@ class Lifecycle:
         await engine.stop(grace_s=ENGINE_STOP_S, error=error)
         _logger.info("unloaded", extra={"model": model.id})
 
-    async def _locate(self, model_id: str, request: LoadRequest, job: Job) -> Entry:
-        """Return the checkpoint with its facts, fetching it if need be."""
-        entry = self.library.find(model_id)
-        if entry is None:
-            repo_id = parse_source(request.source or model_id)
-            job.advance("download")
-
-            def on_bytes(done: int, total: int) -> None:
-                job.advance("download", done, total)
-
-            path = await self._hub.fetch(repo_id, on_bytes=on_bytes)
-            entry = Entry(id=model_id, source=ModelSource(kind="hf", path=str(path)))
-        entry = await self._in_thread(self.library.describe, entry)
-        if entry.error is not None:
-            raise entry.error.with_traceback(None)
-        return entry
-
     async def _evict(self, model_id: str, victims: Sequence[str], job: Job) -> None:
         """End the victims, all at once; who is not here any more needs no end."""
         async with asyncio.TaskGroup() as tasks:
@@ -516,25 +482,15 @@ class Lifecycle:
 
     async def _place(self, model: Model, entry: Entry, request: LoadRequest) -> Placement:
         """Choose a device and claim the memory there."""
-        assert entry.facts is not None
         assert model.job is not None
-        config = self._config
-        wish = Wish(
-            model_id=model.id,
-            facts=entry.facts,
-            dtype=config.dtype,
-            max_model_len=request.max_model_len or config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            cache_bytes=None if config.cache_mb is None else config.cache_mb << 20,
-            devices=request.devices,
-        )
+        wish = model.harness.wish(entry, request)
+        assert wish is not None, "a located entry has its facts"
         deadline_s = self._clock() + (MEMORY_RETURN_S if model.job.evicted else 0.0)
         while True:
             reading = await self._in_thread(self._monitor.refresh, MEMORY_READ_S)
-            claims = [each.claim for each in self._models.values() if each.claim is not None]
             try:
                 # No await between the look and the claim.
-                placement = place(wish, reading.memory, claims, self.residents())
+                placement = place(wish, reading.memory, self._claims(), self.residents())
             except InsufficientMemoryError:
                 if self._clock() >= deadline_s:
                     raise
@@ -546,47 +502,37 @@ class Lifecycle:
             return placement
 
     async def refresh(self, limit_s: float) -> None:
-        """Look at the model directories again, unless that was done a moment ago.
+        """Look again at what could be served; what takes longer goes on without the caller."""
+        async with asyncio.TaskGroup() as tasks:
+            for each in self._harnesses.values():
+                tasks.create_task(each.refresh(limit_s), name=f"refresh {each.name}")
 
-        A look that takes longer than `limit_s` goes on without the caller.
-        """
-        if self.library.is_fresh:
-            return
-        if self._scan is None or self._scan.done():
-            loop = asyncio.get_running_loop()
-            self._scan = loop.run_in_executor(self._scanner, self.library.scan)
-        # Unlike a timeout, this leaves the look to those who come after.
-        done, _ = await asyncio.wait([self._scan], timeout=limit_s)
-        if not done:
-            _logger.warning("a model directory does not answer; using the last listing")
-
-    async def _refresh_for(self, model_id: str) -> None:
-        if self.library.find(model_id) is None:
+    async def _harness_of(self, model_id: str, name: str | None = None) -> Harness:
+        if name is not None:
+            harness = self._harnesses.get(ALIASES.get(name, name))
+            if harness is None:
+                known = " or ".join(self._harnesses)
+                raise UnsupportedFieldError(
+                    f"harness '{name}' is not known here; use {known}", param="harness"
+                )
+        else:
+            harness = self.harness_of(model_id)
+        if harness.find(model_id) is None:
             await self.refresh(SCAN_S)
+            harness = harness if name is not None else self.harness_of(model_id)
+        return harness
 
     async def _in_thread(self, work: Callable[[*Args], T], *args: *Args) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
-    def _is_on_hub(self, model_id: str) -> bool:
-        return self._config.hub and is_repo_id(model_id)
-
-    def _not_resident(self, model_id: str) -> CortexError:
-        if self.library.find(model_id) is not None:
-            return ModelNotLoadedError(
-                f"model '{model_id}' is not loaded; POST /models/load loads it",
-                param="model",
-                retry_after_s=LOADING_RETRY_S,
-            )
-        hint = "GET /models lists what it can serve"
-        if is_repo_id(model_id):
-            on_hub = "POST /models/load fetches it" if self._config.hub else "the hub is off"
-            hint += f"; if it is a repository on the hub, {on_hub}"
-        return ModelNotFoundError(f"this neuron has no model '{model_id}'; {hint}", param="model")
-
     def _apply(self, model: Model, event: Happening) -> tuple[Effect, ...]:
         decision = decide(model.state, event)
-        model.state = decision.state
+        self._enter(model, decision.state)
         return decision.effects
+
+    def _enter(self, model: Model, state: Residency) -> None:
+        model.state = state
+        self._on_change(model.id)
 
     def _remember_load(self, model_id: str, load_s: float) -> None:
         self._load_s.pop(model_id, None)
@@ -597,6 +543,7 @@ class Lifecycle:
     def _forget(self, model: Model) -> None:
         if self._models.get(model.id) is model:
             del self._models[model.id]
+            self._on_change(model.id)
 
     def _bound_failures(self) -> None:
         failed = [each for each in self._models.values() if each.state.status == "failed"]

@@ -67,27 +67,44 @@ class Wish:
     """What a load asks of memory.
 
     Attributes:
+        gpu_bytes: what it needs on a GPU.
+        host_bytes: what it needs on the CPU.
         devices: None leaves the choice to the neuron; empty means the CPU.
-        cache_bytes: None asks for the least that is useful.
     """
 
     model_id: str
+    gpu_bytes: int
+    host_bytes: int
+    devices: Sequence[int] | None = None
+
+    def need_bytes(self, device: int) -> int:
+        """Return what it needs on a device."""
+        return self.host_bytes if device == HOST else self.gpu_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """What decides how much memory a checkpoint needs.
+
+    Attributes:
+        cache_bytes: None asks for the least that is useful.
+    """
+
     facts: ModelFacts
     dtype: Dtype
     max_model_len: int | None
     max_num_seqs: int
     cache_bytes: int | None
-    devices: Sequence[int] | None
 
 
-def need_bytes(wish: Wish, *, on_gpu: bool) -> int:
+def need_bytes(size: Size, *, on_gpu: bool) -> int:
     """Return what a model needs on a device: weights, cache, states and the process itself."""
-    item = _item_bytes(wish.dtype, on_gpu=on_gpu)
-    facts = wish.facts
+    item = _item_bytes(size.dtype, on_gpu=on_gpu)
+    facts = size.facts
     weights = facts.num_parameters * item
-    context = min(wish.max_model_len or facts.max_position_embeddings, MIN_KV_TOKENS)
-    cache = wish.cache_bytes or context * facts.kv_elements_per_token * item
-    states = wish.max_num_seqs * facts.state_bytes_per_slot_f32
+    context = min(size.max_model_len or facts.max_position_embeddings, MIN_KV_TOKENS)
+    cache = size.cache_bytes or context * facts.kv_elements_per_token * item
+    states = size.max_num_seqs * facts.state_bytes_per_slot_f32
     return weights + cache + states + (GPU_PROCESS_BYTES if on_gpu else HOST_PROCESS_BYTES)
 
 
@@ -116,8 +133,7 @@ def place(
         raise ServiceUnavailableError(
             "the memory of this host's devices cannot be read; its log says why"
         )
-    on_gpu = candidates[0].index != HOST
-    needed = need_bytes(wish, on_gpu=on_gpu)
+    needed = wish.need_bytes(candidates[0].index)
     free = {each.index: free_bytes(each, claims) for each in candidates}
     best = max(free, key=lambda index: (free[index], -index))
     if free[best] >= needed:

@@ -2,36 +2,24 @@
 
 import asyncio
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from cortex.core.errors import (
-    BadRequestError,
     CortexError,
     InternalError,
     LoadFailedError,
     ModelLoadingError,
     ServiceUnavailableError,
-    UnsupportedFieldError,
 )
-from cortex.core.neuron_api import LoadRequest
 from cortex.neuron.admission import Admission
 from cortex.neuron.chat.model import ChatModel
 from cortex.neuron.engine_client import EngineClient
-from cortex.neuron.harness import Engine, LoadedModel
+from cortex.neuron.harness import Engine, Harness, LoadedModel
 from cortex.neuron.jobs import Job
 from cortex.neuron.library import Entry
 from cortex.neuron.memory import Claim
-from cortex.neuron.models.source import ModelSource
 from cortex.neuron.residency import Residency, retry_after_s
 
-HARNESSES = ("torch", "candle")
 LOADING_RETRY_S = 5.0
-
-
-class ModelNotLoadedError(ServiceUnavailableError):
-    """The model could be served here but is not in memory."""
-
-    code = "model_not_loaded"
 
 
 class UnloadedError(ServiceUnavailableError):
@@ -52,6 +40,7 @@ class Model:
     """
 
     id: str
+    harness: Harness
     state: Residency = field(default_factory=Residency)
     job: Job | None = None
     entry: Entry | None = None
@@ -61,6 +50,7 @@ class Model:
     admission: Admission | None = None
     claim: Claim | None = None
     last_used_s: float | None = None
+    num_requests: int = 0
     task: asyncio.Task[None] | None = None
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -79,33 +69,6 @@ class Serving:
     chat: ChatModel
     engine: EngineClient
     admission: Admission
-    loaded: LoadedModel
-
-
-def check_options(request: LoadRequest) -> None:
-    """Raise for an option of a load that cannot be met."""
-    if request.harness is not None and request.harness not in HARNESSES:
-        raise UnsupportedFieldError(
-            f"harness '{request.harness}' is not known here; use torch", param="harness"
-        )
-    if (request.tensor_parallel or 1) != 1:
-        raise UnsupportedFieldError(
-            "tensor parallelism is not supported; a model runs on one device",
-            param="tensor_parallel",
-        )
-    if request.max_model_len is not None and request.max_model_len < 1:
-        raise BadRequestError("max_model_len must be at least 1", param="max_model_len")
-
-
-def check_quant(request: LoadRequest, source: ModelSource) -> None:
-    """Raise if a load asks for other weights than those that are stored."""
-    quant = request.quant
-    if quant is not None and quant.lower() not in Path(source.path).name.lower():
-        raise UnsupportedFieldError(
-            f"quant '{quant}': weights are served as they are stored; name a GGUF file of that "
-            "kind, or leave quant out",
-            param="quant",
-        )
 
 
 def loading_error(model: Model) -> ModelLoadingError:

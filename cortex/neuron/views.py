@@ -1,26 +1,35 @@
 """What the control plane answers, put together from memory: no file, device or engine is asked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
+import msgspec
+
+from cortex.core.build import version
 from cortex.core.neuron_api import (
     Activation,
+    DeviceHealth,
     Discovery,
+    HostMemory,
     Limit,
+    LoadRequest,
     ModelInfo,
     ModelLoad,
     NeuronHealth,
+    NeuronSnapshot,
     Servable,
+    Version,
 )
 from cortex.core.openai import ModelCard, ModelList
 from cortex.neuron.chat.model import ChatModel
-from cortex.neuron.devices import HOST
+from cortex.neuron.devices import HOST, DeviceMemory
 from cortex.neuron.discovery import Monitor, describe_host
+from cortex.neuron.harness import Harness
+from cortex.neuron.kernels.build import features
 from cortex.neuron.library import Entry
 from cortex.neuron.lifecycle import Lifecycle
 from cortex.neuron.metrics import GaugeSnapshot
 from cortex.neuron.resident import Model
 
-HARNESS = "torch"
 MIB = 1 << 20
 
 
@@ -52,14 +61,15 @@ class Views:
         """Return what this host is."""
         known = [
             each.facts.max_position_embeddings
-            for each in self._lifecycle.library.entries.values()
+            for listing in self._lifecycle.listings()
+            for each in listing.values()
             if each.facts is not None
         ]
         longest = max(known, default=0)
         return describe_host(
             self._monitor.hardware,
             self._monitor.reading,
-            harnesses=[HARNESS],
+            harnesses=self._lifecycle.harness_names(),
             max_prompt_tokens=min(longest, self._max_model_len or longest),
         )
 
@@ -68,31 +78,79 @@ class Views:
         return NeuronHealth(
             uptime_secs=int(self._clock() - self._started_s),
             status="draining" if self._lifecycle.is_closing else "ok",
-            devices=self._monitor.reading.devices,
+            devices=self.devices(),
+            host=self._host(),
             activation=self._activation(),
             models=self.loads(),
         )
 
+    def devices(self) -> list[DeviceHealth]:
+        """Return the last reading of the devices, with what is left for loads."""
+        memory = {each.index: each for each in self._monitor.reading.memory}
+        return [
+            msgspec.structs.replace(
+                each,
+                free_bytes=self._lifecycle.free_bytes(memory[each.index]),
+                total_bytes=memory[each.index].total_bytes,
+            )
+            if each.index in memory
+            else each
+            for each in self._monitor.reading.devices
+        ]
+
+    def _host(self) -> HostMemory | None:
+        memory = self._host_reading()
+        if memory is None:
+            return None
+        return HostMemory(
+            free_bytes=self._lifecycle.free_bytes(memory), total_bytes=memory.total_bytes
+        )
+
+    def _host_reading(self) -> DeviceMemory | None:
+        found = (each for each in self._monitor.reading.memory if each.index == HOST)
+        return next(found, None)
+
+    def version(self) -> Version:
+        """Return what this program is."""
+        return msgspec.structs.replace(version(), features=features())
+
+    def snapshot(self) -> NeuronSnapshot:
+        """Return everything a gateway keeps of this host."""
+        return NeuronSnapshot(
+            models=self.models(),
+            health=self.health(),
+            discovery=self.discovery(),
+            version=self.version(),
+        )
+
     def loads(self) -> list[ModelLoad]:
         """Return the work in hand of each model with an engine."""
-        return [_load(each) for each in self._lifecycle.models() if each.engine is not None]
+        now_s = self._clock()
+        return [_load(each, now_s) for each in self._lifecycle.models() if each.engine is not None]
 
     def models(self) -> list[ModelInfo]:
         """Return every model this host serves or could serve, by name."""
-        residents = {each.id: each for each in self._lifecycle.models()}
-        entries = self._lifecycle.library.entries
-        return [
-            self._info(model_id, residents.get(model_id), entries.get(model_id))
-            for model_id in sorted({*residents, *entries})
-        ]
+        ids = {each.id for each in self._lifecycle.models()}
+        ids.update(*self._lifecycle.listings())
+        return [info for info in map(self.model, sorted(ids)) if info is not None]
 
     def model(self, model_id: str) -> ModelInfo | None:
         """Return one of them."""
         resident = self._lifecycle.model(model_id)
-        entry = self._lifecycle.library.find(model_id)
-        if resident is None and entry is None:
-            return None
-        return self._info(model_id if resident or not entry else entry.id, resident, entry)
+        harness = self._lifecycle.harness_of(model_id) if resident is None else resident.harness
+        entry = harness.find(model_id)
+        if resident is not None:
+            return self._resident(resident, resident.entry or entry)
+        return None if entry is None else self._servable(harness, entry)
+
+    def residents(self) -> Iterator[ModelInfo]:
+        """Return those that are loaded, moving or failed."""
+        for each in self._lifecycle.models():
+            yield self._resident(each, each.entry or each.harness.find(each.id))
+
+    def listings(self) -> list[Mapping[str, Entry]]:
+        """Return what the list of models is made of besides the residents; new ones are anew."""
+        return self._lifecycle.listings()
 
     def cards(self) -> ModelList:
         """Return the same as OpenAI clients list it."""
@@ -103,36 +161,41 @@ class Views:
         return GaugeSnapshot(
             statuses={each.id: each.state.status for each in self._lifecycle.models()},
             models=self.loads(),
-            devices=self._monitor.reading.devices,
+            devices=self.devices(),
         )
 
-    def _info(self, model_id: str, model: Model | None, entry: Entry | None) -> ModelInfo:
-        entry = model.entry if model is not None and model.entry is not None else entry
+    def _servable(self, harness: Harness, entry: Entry) -> ModelInfo:
+        facts = entry.facts
+        error = None if entry.error is None else entry.error.message
+        return ModelInfo(
+            id=entry.id,
+            harness=harness.name,
+            status="unloaded",
+            weight_bytes=None if facts is None else facts.weight_bytes,
+            need_bytes=self._need_bytes(harness, entry),
+            capabilities=["text"],
+            limit=self._limit(None, entry),
+            servable=None if error is None else _unservable("unreadable_checkpoint", error),
+            error=error,
+        )
+
+    def _resident(self, model: Model, entry: Entry | None) -> ModelInfo:
         facts = None if entry is None else entry.facts
-        if model is None:
-            error = None if entry is None or entry.error is None else entry.error.message
-            return ModelInfo(
-                id=model_id,
-                harness=HARNESS,
-                status="unloaded",
-                weight_bytes=None if facts is None else facts.weight_bytes,
-                capabilities=["text"],
-                limit=self._limit(None, entry),
-                servable=None if error is None else _unservable("unreadable_checkpoint", error),
-                error=error,
-            )
-        claim, status = model.claim, model.state.status
+        claim, status, loaded = model.claim, model.state.status, model.loaded
         error = None if model.state.error is None else model.state.error.message
         template = None if model.chat is None else model.chat.template
         is_loading = status in ("loading", "recovering")
         last_used_s = model.last_used_s
+        need = self._need_bytes(model.harness, entry) if claim is None else claim.num_bytes
         return ModelInfo(
-            id=model_id,
-            harness=HARNESS,
+            id=model.id,
+            harness=model.harness.name,
             status=status,
             devices=[] if claim is None or claim.device == HOST else [claim.device],
             vram_used_mb=None if claim is None else claim.num_bytes // MIB,
             weight_bytes=None if facts is None else facts.weight_bytes,
+            cache_bytes=None if loaded is None or claim is None else loaded.cache_bytes,
+            need_bytes=need,
             capabilities=["text"],
             limit=self._limit(model.chat, entry),
             tool_call=None if template is None else template.supports_tools,
@@ -143,6 +206,12 @@ class Views:
             in_flight=model.in_flight,
             last_used_s=None if last_used_s is None else self._clock() - last_used_s,
         )
+
+    def _need_bytes(self, harness: Harness, entry: Entry | None) -> int | None:
+        wish = None if entry is None else harness.wish(entry, LoadRequest(model_id=entry.id))
+        if wish is None:
+            return None
+        return wish.gpu_bytes if self._monitor.reading.devices else wish.host_bytes
 
     def _limit(self, chat: ChatModel | None, entry: Entry | None) -> Limit | None:
         if chat is not None:
@@ -157,7 +226,7 @@ def _unservable(reason: str, detail: str | None) -> Servable:
     return Servable(ok=False, reason=reason, detail=detail)
 
 
-def _load(model: Model) -> ModelLoad:
+def _load(model: Model, now_s: float) -> ModelLoad:
     admission, engine = model.admission, model.engine
     assert engine is not None
     stats = engine.stats
@@ -174,6 +243,8 @@ def _load(model: Model) -> ModelLoad:
         rejected_timeout=0 if admission is None else admission.rejected_timeout,
         tok_s_prefill=stats.tok_s_prefill,
         tok_s_decode=stats.tok_s_decode,
+        num_requests=model.num_requests,
+        last_used_s=None if model.last_used_s is None else now_s - model.last_used_s,
     )
 
 

@@ -30,13 +30,15 @@ from cortex.neuron import residency
 from cortex.neuron.chat.model import load_chat_model
 from cortex.neuron.discovery import Monitor
 from cortex.neuron.engine.protocol import Submit
+from cortex.neuron.harness import ModelNotLoadedError
 from cortex.neuron.hub import Hub, HubUnreachableError
 from cortex.neuron.inference import Inference
 from cortex.neuron.library import BUNDLED_DIR, Library
 from cortex.neuron.lifecycle import Lifecycle
 from cortex.neuron.metrics import Metrics
 from cortex.neuron.models.source import ModelSource
-from cortex.neuron.resident import ModelNotLoadedError, UnloadedError
+from cortex.neuron.native import NativeHarness
+from cortex.neuron.resident import UnloadedError
 from tests.support.fake_engine import COMMAND, starts, write_script
 from tests.support.neuron_fakes import (
     HOST,
@@ -61,9 +63,9 @@ class Clock:
 class Host:
     """A lifecycle over fakes, and what a test wants to turn."""
 
-    def __init__(self, lifecycle, model_dir, probe, clock):
+    def __init__(self, lifecycle, library, probe, clock):
         self.lifecycle = lifecycle
-        self.model_dir = model_dir
+        self.library = library
         self.probe = probe
         self.clock = clock
 
@@ -99,22 +101,26 @@ async def host(
     clock, probe = Clock(), FakeProbe()
     monitor = Monitor(probe, read_every_s=60.0)
     monitor.start()
-    lifecycle = Lifecycle(
-        config=config or TorchHarness(drain_s=10.0),
-        library=Library(
-            model_dirs=[model_dir], clock=clock, bundled=None, demos=(), read_facts=read_facts
-        ),
+    config = config or TorchHarness(drain_s=10.0)
+    library = Library(
+        model_dirs=[model_dir], clock=clock, bundled=None, demos=(), read_facts=read_facts
+    )
+    harness = NativeHarness(
+        config=config,
+        library=library,
         hub=Hub(cache_dir=None, snapshot=snapshot),
-        monitor=monitor,
-        metrics=Metrics(),
         engine_command=command,
         open_chat=chat_model,
         clock=clock,
     )
+    lifecycle = Lifecycle(
+        config=config, harnesses=[harness], monitor=monitor, metrics=Metrics(), clock=clock
+    )
     try:
         async with lifecycle.run():
-            yield Host(lifecycle, model_dir, probe, clock)
+            yield Host(lifecycle, library, probe, clock)
     finally:
+        harness.close()
         monitor.close()
 
 
@@ -440,7 +446,7 @@ async def test_an_unknown_model_is_not_found(tmp_path):
 async def test_a_known_model_that_is_not_loaded_says_so(tmp_path):
     add_model(tmp_path / "models", "m")
     async with host(tmp_path) as it:
-        it.lifecycle.library.scan()
+        it.library.scan()
         with pytest.raises(ModelNotLoadedError) as caught:
             it.lifecycle.serving("m")
         assert (caught.value.status, caught.value.code) == (503, "model_not_loaded")
@@ -532,7 +538,7 @@ async def test_a_directory_that_hangs_delays_no_listing_and_no_load_of_what_is_k
     add_model(tmp_path / "models", "m")
     released = threading.Event()
     async with host(tmp_path) as it:
-        it.lifecycle.library.scan()
+        it.library.scan()
         it.clock.ahead_s = 60.0
         scans = []
 
@@ -540,7 +546,7 @@ async def test_a_directory_that_hangs_delays_no_listing_and_no_load_of_what_is_k
             scans.append(1)
             released.wait(30)
 
-        it.lifecycle.library.scan = hang
+        it.library.scan = hang
         for _ in range(5):
             await it.lifecycle.refresh(0.01)
         assert scans == [1]

@@ -2,7 +2,7 @@ import pytest
 
 from cortex.core.errors import BadRequestError, InsufficientMemoryError, UnsupportedFieldError
 from cortex.neuron.devices import HOST, DeviceMemory
-from cortex.neuron.memory import Claim, Placement, Resident, Wish, need_bytes, place
+from cortex.neuron.memory import Claim, Placement, Resident, Size, Wish, need_bytes, place
 from cortex.neuron.models.facts import ModelFacts
 
 GIB = 1 << 30
@@ -20,16 +20,19 @@ def facts(*, parameters=1_000_000_000, kv=1000, state=1_000_000, positions=32768
     )
 
 
-def wish(**changes):
+def size(**changes):
     values = {
-        "model_id": "m",
         "facts": facts(),
         "dtype": "auto",
         "max_model_len": None,
         "max_num_seqs": 4,
         "cache_bytes": None,
-        "devices": None,
     }
+    return Size(**{**values, **changes})
+
+
+def wish(**changes):
+    values = {"model_id": "m", "gpu_bytes": 2_955_910_400, "host_bytes": 4_439_814_400}
     return Wish(**{**values, **changes})
 
 
@@ -42,25 +45,25 @@ HOST_32 = DeviceMemory(index=HOST, total_bytes=32 * GIB, free_bytes=32 * GIB)
 
 def test_need_counts_weights_cache_states_and_the_process():
     # 2 bytes each: 1e9 weights, 4096 tokens of 1000 elements; 4 slots of 1e6; 900 MiB.
-    assert need_bytes(wish(), on_gpu=True) == 2_000_000_000 + 8_192_000 + 4_000_000 + (900 << 20)
+    assert need_bytes(size(), on_gpu=True) == 2_000_000_000 + 8_192_000 + 4_000_000 + (900 << 20)
 
 
 def test_need_on_a_cpu_is_in_float32():
-    assert need_bytes(wish(), on_gpu=False) == (
+    assert need_bytes(size(), on_gpu=False) == (
         4_000_000_000 + 16_384_000 + 4_000_000 + (400 << 20)
     )
 
 
 def test_a_short_context_and_a_fixed_cache_change_the_need():
-    short = need_bytes(wish(max_model_len=100), on_gpu=True)
+    short = need_bytes(size(max_model_len=100), on_gpu=True)
     assert short == 2_000_000_000 + 200_000 + 4_000_000 + (900 << 20)
-    fixed = need_bytes(wish(cache_bytes=GIB), on_gpu=True)
+    fixed = need_bytes(size(cache_bytes=GIB), on_gpu=True)
     assert fixed == 2_000_000_000 + GIB + 4_000_000 + (900 << 20)
 
 
 def test_the_gpu_with_the_most_free_memory_is_chosen():
     placement = place(wish(), [HOST_32, gpu(0, 5), gpu(1, 9)], [])
-    assert placement == Placement(device=1, num_bytes=need_bytes(wish(), on_gpu=True))
+    assert placement == Placement(device=1, num_bytes=2_955_910_400)
     assert placement.engine_device == "cuda:1"
 
 

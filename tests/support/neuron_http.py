@@ -55,10 +55,13 @@ class Answer:
 class Api:
     """A client of one neuron."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, model_dir: Path) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, url: str, model_dir: Path, shutdown: asyncio.Event
+    ) -> None:
         self.session = session
         self.url = url
         self.model_dir = model_dir
+        self.shutdown = shutdown
 
     async def call(self, method: str, path: str, body: object = None, **options: Any) -> Answer:
         raw = body if isinstance(body, bytes) else None if body is None else encode(body)
@@ -141,6 +144,6 @@ async def neuron(
         port = (await bound)[0]
         try:
             async with aiohttp.ClientSession() as session:
-                yield Api(session, f"http://127.0.0.1:{port}", model_dir)
+                yield Api(session, f"http://127.0.0.1:{port}", model_dir, shutdown)
         finally:
             shutdown.set()
