@@ -1,5 +1,6 @@
 """The catalogue (models.toml): which models the fleet offers, and on which hosts they fit."""
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,8 @@ class CatalogueModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         min_device_vram_mb: total memory its device must have.
         pinned_on: nodes it belongs on; empty means any.
         residency_priority: a newcomer displaces only models of at most its own priority.
+        ttl_s: unloaded after so long without a request; None: the fleet's `[eviction]` value.
+        min_resident_s: not evicted before it was loaded so long; None: the fleet's value.
     """
 
     id: Annotated[str, Meta(min_length=1)]
@@ -31,6 +34,8 @@ class CatalogueModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     min_device_vram_mb: Annotated[int, Meta(gt=0)] | None = None
     pinned_on: list[str] = []
     residency_priority: int | None = None
+    ttl_s: Annotated[float, Meta(gt=0)] | None = None
+    min_resident_s: Annotated[float, Meta(ge=0)] | None = None
     source: str | None = None
     limit: Limit | None = None
     cost: Cost | None = None
@@ -56,16 +61,29 @@ class CatalogueModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         """Whether a node of these devices could ever hold the model."""
         if self.pinned_on and node not in self.pinned_on:
             return False
-        if self.min_device_vram_mb is None:
+        if self.min_device_vram_mb is None and self.min_devices == 1:
             return True
-        return any(device.vram_total_mb >= self.min_device_vram_mb for device in devices)
+        return len(self.usable_devices(devices)) >= self.min_devices
+
+    def usable_devices(self, devices: list[Device]) -> list[Device]:
+        """Return the devices that are large enough for the model's share on each."""
+        floor_mb = self.min_device_vram_mb or 0
+        return [device for device in devices if device.vram_total_mb >= floor_mb]
 
 
 class Catalogue(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """models.toml."""
+    """models.toml.
+
+    Attributes:
+        aliases: name or pattern (`claude-*`) to the model or virtual model it stands for.
+        virtual: a name for an ordered list of models; the first that is loaded serves.
+        groups: names of sets of models of which a node holds at most one at a time.
+    """
 
     models: list[CatalogueModel] = []
     aliases: dict[str, str] = {}
+    virtual: dict[str, Annotated[list[str], Meta(min_length=1)]] = {}
+    groups: dict[str, Annotated[list[str], Meta(min_length=2)]] = {}
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
@@ -76,14 +94,67 @@ class Catalogue(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
         for alias, target in self.aliases.items():
             if target in self.aliases:
                 raise ValueError(f"alias {alias} points at the alias {target}; name the model")
+        for name, models in self.virtual.items():
+            if name in seen or name in self.aliases:
+                raise ValueError(f"virtual model {name} has the name of a model or an alias")
+            for each in models:
+                if each in self.virtual or each in self.aliases:
+                    raise ValueError(f"virtual model {name} holds {each}; it may hold models only")
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        for name, members in self.groups.items():
+            if len(set(members)) != len(members):
+                raise ValueError(f"group {name} names a model twice")
 
     def find(self, model_id: str) -> CatalogueModel | None:
         """Return the entry of a model id (not of an alias)."""
         return next((model for model in self.models if model.id == model_id), None)
 
+    def targets(self, name: str, *, is_listed: bool = False) -> tuple[str, ...]:
+        """Return the models that a name stands for, the preferred one first.
+
+        An exact alias wins over a model's own id, that over a pattern, and of several patterns
+        the one with most literal characters.
+
+        Args:
+            is_listed: some node lists a model of that very name.
+        """
+        target = self.aliases.get(name)
+        if target is None and name not in self.virtual and not is_listed:
+            target = self._pattern(name)
+        found = name if target is None else target
+        return tuple(self.virtual.get(found) or (found,))
+
     def resolve(self, name: str) -> str:
-        """Return the model id an alias stands for, or the name itself."""
-        return self.aliases.get(name, name)
+        """Return the model id a name stands for, the preferred one of a virtual model."""
+        return self.targets(name)[0]
+
+    def _pattern(self, name: str) -> str | None:
+        if self.find(name) is not None:
+            return None
+        matching = [each for each in self.aliases if _is_pattern(each) and fnmatchcase(name, each)]
+        best = min(matching, key=lambda each: (-len(each.replace("*", "")), each), default=None)
+        return None if best is None else self.aliases[best]
+
+    @property
+    def names(self) -> list[str]:
+        """Aliases that are no patterns, and virtual models."""
+        return [*(each for each in self.aliases if not _is_pattern(each)), *self.virtual]
+
+    def rivals(self, model_id: str) -> frozenset[str]:
+        """Return the models that may not be resident on a node beside this one."""
+        return frozenset(
+            each
+            for members in self.groups.values()
+            if model_id in members
+            for each in members
+            if each != model_id
+        )
+
+
+def _is_pattern(name: str) -> bool:
+    return any(each in name for each in "*?[")
 
 
 _REFUSED = {

@@ -49,9 +49,11 @@ class GatewayListen(_Config, frozen=True):
 
 
 class Eviction(_Config, frozen=True):
-    """`[eviction]`: who makes room for a cold load."""
+    """`[eviction]`: who makes room for a cold load, and how long models stay."""
 
     strategy: Literal["lru", "priority"] = "lru"
+    min_resident_s: Annotated[float, Meta(ge=0)] = 0.0  # no eviction before a model was up so long
+    ttl_s: Positive | None = None  # unload a model after so long without a request
     defrag_after_cycles: Annotated[int, Meta(ge=0)] = 0
 
     def __post_init__(self) -> None:

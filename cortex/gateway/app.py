@@ -22,6 +22,7 @@ from cortex.gateway.metrics import Metrics
 from cortex.gateway.neuron_client import open_client
 from cortex.gateway.poller import Poller
 from cortex.gateway.proxy import Proxy
+from cortex.gateway.rates import RateBook
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,7 @@ async def open_apps(
     gatekeeper = Gatekeeper(config.entitlements)
     live.on_change(lambda: gatekeeper.reload(live.config.entitlements))
     failure: Exception | None = None
+    rates = RateBook()
     async with open_client(settings.connect_s) as client, asyncio.TaskGroup() as tasks:
         poller = Poller(client, fleet, poll_s=settings.poll_s)
         polling = tasks.create_task(poller.run(), name="poller")
@@ -60,6 +62,7 @@ async def open_apps(
             fleet,
             metrics,
             live,
+            rates=rates,
             poke=poller.poke,
             tasks=tasks,
             clock=clock,

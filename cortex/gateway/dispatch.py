@@ -26,13 +26,8 @@ from cortex.gateway.loads import Loads
 from cortex.gateway.metrics import Metrics, RequestTiming
 from cortex.gateway.neuron_client import NeuronClient, UnreachableError
 from cortex.gateway.proxy import Exchange, Proxy, StreamMeter, note_usage, usage_of
-from cortex.gateway.router import (
-    ColdLoad,
-    Refuse,
-    Serve,
-    choose_route,
-    nodes_listing,
-)
+from cortex.gateway.roster import nodes_listing, primary
+from cortex.gateway.router import ColdLoad, Refuse, Serve, choose_route
 
 # Choices of a node and joined loads together, so that a fleet that thrashes ends a request.
 MAX_ROUTES = 8
@@ -200,7 +195,7 @@ class Dispatcher:
         Raises:
             CortexError: no node that lists the model answers.
         """
-        model_id = self._live.catalogue.resolve(ask.name)
+        model_id = primary(self._fleet.snapshot(), self._live.catalogue, ask.name)
         body = ask.body if model_id == ask.name else with_model(ask.body, model_id)
         error: CortexError | None = None
         for node in nodes_listing(self._fleet.snapshot(), model_id):
@@ -231,8 +226,8 @@ class Dispatcher:
 
     def _begin(self, ask: Ask) -> _Journey:
         # Names that nobody knows are not made into labels: callers could make up any number.
-        model_id = self._live.catalogue.resolve(ask.name)
         snapshot = self._fleet.snapshot()
+        model_id = primary(snapshot, self._live.catalogue, ask.name)
         known = snapshot.lists(model_id) or self._live.catalogue.find(model_id) is not None
         timing = RequestTiming(
             model=model_id if known else "",
@@ -300,10 +295,16 @@ class Dispatcher:
         """
         journey.routes += 1
         route = choose_route(
-            self._fleet.snapshot(), self._live.catalogue, journey.ask.name, avoid=journey.avoid
+            self._fleet.snapshot(),
+            self._live.catalogue,
+            journey.ask.name,
+            avoid=journey.avoid,
+            policy=self._live.config.eviction,
         )
         if isinstance(route, Refuse):
             raise journey.error or route.error
+        if isinstance(route, Serve) and route.spread is not None:
+            self._loads.begin(route.spread)
         if isinstance(route, ColdLoad) and journey.error is not None and _is_busy(journey.error):
             # A full queue is no reason to turn other models out of another node.
             raise journey.error

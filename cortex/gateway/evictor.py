@@ -14,6 +14,7 @@ class Candidate:
     Attributes:
         memory_bytes: what its end gives back; 0 where nobody knows.
         idle_s: seconds since its last use, None when it was never used.
+        protected_s: how much of its minimum residency is left.
     """
 
     id: str
@@ -22,6 +23,20 @@ class Candidate:
     in_flight: int
     priority: int
     pinned: bool
+    protected_s: float = 0.0
+
+
+def kept_because(each: Candidate, priority: int) -> str | None:
+    """Return why a resident may not make room for a newcomer of that priority, None if it may."""
+    if each.pinned:
+        return "is pinned here"
+    if each.in_flight:
+        return f"has {each.in_flight} requests in hand"
+    if each.protected_s > 0:
+        return f"has {each.protected_s:.0f} s of its minimum residency left"
+    if each.priority > priority:
+        return f"has priority {each.priority}, above {priority}"
+    return None
 
 
 def plan_eviction(
@@ -34,21 +49,17 @@ def plan_eviction(
 ) -> list[str] | None:
     """Return the models to evict, the first to go first, or None when no plan makes room.
 
-    Never one with requests in flight, never a pinned one, never one of a higher priority than
-    the newcomer's. `lru` takes the longest unused first (never used counts as longest),
-    `priority` the lowest priority and among equals the longest unused. No more than needed: what
-    turns out superfluous is kept, the most worth keeping first. While sizes are unknown one
-    victim is named at a time, and the next try tells whether it was enough.
+    Never one with requests in flight, never a pinned one, never one inside its minimum residency,
+    never one of a higher priority than the newcomer's. `lru` takes the longest unused first (never
+    used counts as longest), `priority` the lowest priority and among equals the longest unused. No
+    more than needed: what turns out superfluous is kept, the most worth keeping first. While sizes
+    are unknown one victim is named at a time, and the next try tells whether it was enough.
     """
     missing = needed_bytes - free_bytes
     if missing <= 0:
         return []
     order = sorted(
-        (
-            each
-            for each in residents
-            if each.in_flight == 0 and not each.pinned and each.priority <= priority
-        ),
+        (each for each in residents if kept_because(each, priority) is None),
         key=lambda each: (_class(each, strategy), -_idle(each), each.id),
     )
     victims: list[Candidate] = []

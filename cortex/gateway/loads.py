@@ -3,10 +3,10 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import msgspec
 
-from cortex.core.catalogue import DEFAULT_PRIORITY
 from cortex.core.errors import (
     CortexError,
     InternalError,
@@ -14,12 +14,14 @@ from cortex.core.errors import (
     RemoteError,
     ShuttingDownError,
 )
-from cortex.core.neuron_api import LoadResponse
-from cortex.gateway.evictor import Candidate, plan_eviction
-from cortex.gateway.fleet import Fleet
+from cortex.core.neuron_api import LoadResponse, ModelInfo
+from cortex.gateway.evictor import Candidate, kept_because, plan_eviction
+from cortex.gateway.fleet import Fleet, FleetSnapshot
 from cortex.gateway.live import Live
 from cortex.gateway.metrics import Metrics
 from cortex.gateway.neuron_client import NeuronClient, UnreachableError
+from cortex.gateway.placement import priority_in, resident, residents_of
+from cortex.gateway.rates import RateBook
 from cortex.gateway.router import ColdLoad, LoadPlan
 
 MAX_EVICTION_ROUNDS = 2
@@ -32,7 +34,6 @@ SLOWEST_LOAD_BYTES_S = 10 << 20
 UNKNOWN_SIZE_LOAD_S = 3600.0
 RETRY_AFTER_S = 10.0
 
-_MOVING = frozenset(["loading", "recovering", "draining"])
 _GIB = 1 << 30
 _logger = logging.getLogger(__name__)
 
@@ -45,6 +46,10 @@ class Resident(msgspec.Struct, kw_only=True, frozen=True):
     num_bytes: int = msgspec.field(default=0, name="bytes")
     last_used_s: float | None = None
     in_flight: int = 0
+    resident_s: float | None = None
+    min_resident_s: float = 0.0
+    pinned: bool = False
+    priority: int | None = None
 
 
 class Shortage(msgspec.Struct, kw_only=True, frozen=True):
@@ -79,6 +84,7 @@ class Loads:
     """The owner of this gateway's cold loads.
 
     Args:
+        rates: learns how long loads take.
         poke: has a node polled at once.
         tasks: where loads live; they outlast the requests that began them.
         room_wait_s: how long a load waits for busy residents to become evictable.
@@ -91,6 +97,7 @@ class Loads:
         metrics: Metrics,
         live: Live,
         *,
+        rates: RateBook,
         poke: Callable[[str], None],
         tasks: asyncio.TaskGroup,
         clock: Callable[[], float],
@@ -101,6 +108,7 @@ class Loads:
         self._fleet = fleet
         self._metrics = metrics
         self._live = live
+        self._rates = rates
         self._poke = poke
         self._tasks = tasks
         self._clock = clock
@@ -114,13 +122,25 @@ class Loads:
         Raises:
             CortexError: no node could load the model; the cause of the preferred one.
         """
+        load = self._joined(cold)
+        await load.done.wait()
+        if load.error is not None:
+            raise load.error
+
+    def begin(self, cold: ColdLoad) -> None:
+        """Start the load, if there is none under way, and leave it to itself."""
+        self._joined(cold)
+
+    def is_loading(self, model_id: str) -> bool:
+        """Whether this gateway has a load of the model under way."""
+        return model_id in self._loads
+
+    def _joined(self, cold: ColdLoad) -> _Load:
         load = self._loads.get(cold.model_id)
         if load is None:
             load = self._loads[cold.model_id] = _Load()
             load.task = self._tasks.create_task(self._run(load, cold), name=f"load {cold.model_id}")
-        await load.done.wait()
-        if load.error is not None:
-            raise load.error
+        return load
 
     def cancel(self) -> None:
         """Give up waiting for the loads under way; what a neuron has begun it goes on with."""
@@ -192,6 +212,9 @@ class Loads:
             self._fleet.record_status(node, victim, "unloaded")
         self._metrics.record_evictions(len(answer.evicted))
         self._metrics.record_load(model_id, node, loaded=True, load_s=load_s)
+        if before != "loading":
+            # One that was joined tells only how long its rest took.
+            self._rates.learn_load(node, model_id, plan.weight_bytes, load_s)
         _logger.info("model %s loaded on %s", model_id, node, extra={"load_s": round(load_s, 2)})
         self._poke(node)
 
@@ -203,8 +226,9 @@ class Loads:
 
     async def _load_making_room(self, plan: LoadPlan) -> LoadResponse:
         """Ask for the load, naming victims where memory is short."""
-        request = plan.request
         give_up_s = self._clock() + self.room_wait_s
+        rivals = await self._rivals(plan, give_up_s)
+        request = msgspec.structs.replace(plan.request, evict=rivals)
         rounds = 0
         while True:
             try:
@@ -213,16 +237,17 @@ class Loads:
                 if exc.code != "insufficient_memory":
                     raise
                 shortage = _shortage(exc)
-                victims = self._victims(plan, shortage, spare_busy=True)
+                left_s = max(0.0, give_up_s - self._clock())
+                victims = self._victims(plan, shortage)
                 if victims and rounds < MAX_EVICTION_ROUNDS:
                     rounds += 1
-                    request = msgspec.structs.replace(plan.request, evict=victims)
+                    request = msgspec.structs.replace(plan.request, evict=[*rivals, *victims])
                     continue
                 # Residents at work may be done soon; nothing else changes by waiting.
-                busy = self._victims(plan, shortage, spare_busy=False)
-                if not busy or rounds >= MAX_EVICTION_ROUNDS or self._clock() >= give_up_s:
+                later = self._victims(plan, shortage, patience_s=left_s)
+                if not later or rounds >= MAX_EVICTION_ROUNDS or left_s == 0:
                     raise _no_room(plan, shortage) from exc
-                request = plan.request
+                request = msgspec.structs.replace(plan.request, evict=rivals)
                 await asyncio.sleep(self.room_retry_s)
                 continue
             if answer.status == "loaded":
@@ -230,40 +255,78 @@ class Loads:
             # A neuron that does not wait is asked again, which joins its load.
             await asyncio.sleep(self.room_retry_s)
 
-    def _victims(self, plan: LoadPlan, shortage: Shortage, *, spare_busy: bool) -> list[str] | None:
+    async def _rivals(self, plan: LoadPlan, give_up_s: float) -> list[str]:
+        """Return the residents that a group excludes beside the newcomer, once all may leave."""
+        while plan.rivals:
+            snapshot = self._fleet.snapshot()
+            view = snapshot.node(plan.node)
+            if view is None:
+                break
+            newcomer = plan.request.model_id
+            here = [
+                each
+                for each in residents_of(
+                    snapshot, self._live.catalogue, view, newcomer, self._live.config.eviction
+                )
+                if each.id in plan.rivals
+            ]
+            priority = priority_in(self._live.catalogue, view, newcomer)
+            kept = {each.id: kept_because(each, priority) for each in here}
+            if not any(kept.values()):
+                return list(kept)
+            if self._clock() >= give_up_s:
+                why = ", ".join(f"{name} {reason}" for name, reason in kept.items() if reason)
+                raise LoadFailedError(
+                    f"model '{newcomer}' may not be on {plan.node} beside others of its group, "
+                    f"and they cannot leave: {why}; try again later",
+                    retry_after_s=RETRY_AFTER_S,
+                )
+            await asyncio.sleep(self.room_retry_s)
+        return []
+
+    def _victims(
+        self, plan: LoadPlan, shortage: Shortage, *, patience_s: float | None = None
+    ) -> list[str] | None:
+        """Return who has to leave; with patience, as if what is at work now were done by then."""
+        snapshot = self._fleet.snapshot()
+        view = snapshot.node(plan.node)
+        if view is None:
+            return None
         return plan_eviction(
             [
-                self._candidate(plan.node, each, spare_busy=spare_busy)
+                self._candidate(snapshot, plan.node, each, patience_s)
                 for each in shortage.residents
                 if each.id != plan.request.model_id and each.device == shortage.device
             ],
             needed_bytes=shortage.needed_bytes,
             free_bytes=shortage.free_bytes,
-            priority=self._priority(plan.request.model_id),
+            priority=priority_in(self._live.catalogue, view, plan.request.model_id),
             strategy=self._live.config.eviction.strategy,
         )
 
-    def _candidate(self, node: str, resident: Resident, *, spare_busy: bool) -> Candidate:
-        entry = self._live.catalogue.find(resident.id)
-        snapshot = self._fleet.snapshot()
-        # Requests that have left this gateway may not have reached the neuron yet, and a model
-        # on its way in has somebody waiting for it.
-        busy = max(resident.in_flight, snapshot.leases.get((node, resident.id), 0))
+    def _candidate(
+        self, snapshot: FleetSnapshot, node: str, told: Resident, patience_s: float | None
+    ) -> Candidate:
+        """Return a resident as the neuron's refusal has it, with what else is known of it."""
         view = snapshot.node(node)
-        if view is not None and view.status(resident.id) in _MOVING:
-            busy += 1
-        return Candidate(
-            id=resident.id,
-            memory_bytes=resident.num_bytes,
-            idle_s=resident.last_used_s,
-            in_flight=busy if spare_busy else 0,
-            priority=self._priority(resident.id),
-            pinned=entry is not None and node in entry.pinned_on,
+        assert view is not None
+        info = view.models.get(told.id) or ModelInfo(id=told.id, harness="", status="loaded")
+        told_info = msgspec.structs.replace(
+            info,
+            in_flight=told.in_flight,
+            last_used_s=told.last_used_s,
+            resident_s=told.resident_s if told.resident_s is not None else info.resident_s,
+            min_resident_s=max(told.min_resident_s, info.min_resident_s),
+            pinned=told.pinned or info.pinned,
+            priority=told.priority if told.priority is not None else info.priority,
         )
-
-    def _priority(self, model_id: str) -> int:
-        entry = self._live.catalogue.find(model_id)
-        return entry.priority if entry is not None else DEFAULT_PRIORITY
+        each = replace(
+            resident(snapshot, self._live.catalogue, view, told_info, self._live.config.eviction),
+            memory_bytes=told.num_bytes,
+        )
+        if patience_s is None:
+            return each
+        return replace(each, in_flight=0, protected_s=max(0.0, each.protected_s - patience_s))
 
 
 def _shortage(exc: RemoteError) -> Shortage:

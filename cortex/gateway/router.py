@@ -1,9 +1,15 @@
-"""Where a request goes: a pure choice over a snapshot of the fleet and the catalogue."""
+"""Where a request goes: a pure choice over a snapshot of the fleet and the catalogue.
+
+Every candidate has one cost in seconds (`costs`); the least wins, ties by name. A loaded replica
+serves; where there is none, the model is placed (`placement`). What was considered and turned
+down goes along with the choice, so that it can be explained.
+"""
 
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from cortex.core.catalogue import DEFAULT_PRIORITY, Catalogue, CatalogueModel
+from cortex.core.catalogue import Catalogue
+from cortex.core.config import Eviction
 from cortex.core.errors import (
     CortexError,
     ModelNotFoundError,
@@ -11,25 +17,70 @@ from cortex.core.errors import (
     ServiceUnavailableError,
 )
 from cortex.core.neuron_api import LoadRequest
+from cortex.gateway.costs import Cost, Demand, Knowledge, warm_cost
 from cortex.gateway.fleet import FleetSnapshot, NodeView
+from cortex.gateway.placement import Placement, load_request, plan_placement
+from cortex.gateway.roster import (
+    available,
+    can_serve,
+    is_feasible,
+    not_serving,
+    targets,
+    unfit,
+)
 
 RECOVERING_RETRY_S = 2.0
 UNHEALTHY_RETRY_S = 3.0
 NO_NODES_RETRY_S = 5.0
 MAX_NAMES_IN_ERROR = 20
+# Where the nearest loaded replica keeps a request waiting this long, a further one is loaded,
+# as long as nobody has to leave for it.
+SPREAD_AFTER_S = 5.0
 
-_MIB = 1 << 20
 # A load in progress is joined; a model that is leaving or failed there last time comes late.
 _STATUS_RANK = {"loading": 0, "unloaded": 1, "draining": 2, "failed": 3}
+_NO_POLICY = Eviction()
+_NOTHING_KNOWN = Knowledge()
+_ANY = Demand()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Serve:
-    """Send the request to this node, where the model is loaded."""
+class Option:
+    """A node that could take the request, and at what cost.
+
+    Attributes:
+        status: of the model there, None where the node does not list it.
+        victims: who would have to leave.
+        doubt: why a load is unlikely to succeed there.
+    """
 
     node: str
-    endpoint: str
     model_id: str
+    status: str | None
+    cost: Cost
+    cached_tokens: int = 0
+    victims: tuple[str, ...] = ()
+    doubt: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejection:
+    """A node that could not take it, and why not."""
+
+    node: str
+    model_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Considered:
+    """What a choice was made from, the chosen option first."""
+
+    options: tuple[Option, ...] = ()
+    rejected: tuple[Rejection, ...] = ()
+
+
+_NOTHING = Considered()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +89,14 @@ class LoadPlan:
 
     Attributes:
         weight_bytes: size of the weights, None while nobody knows.
+        rivals: models that may not stay beside it on any node.
     """
 
     node: str
     endpoint: str
     request: LoadRequest
     weight_bytes: int | None = None
+    rivals: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +105,22 @@ class ColdLoad:
 
     model_id: str
     plans: tuple[LoadPlan, ...]
+    considered: Considered = field(default=_NOTHING, compare=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serve:
+    """Send the request to this node, where the model is loaded.
+
+    Attributes:
+        spread: a further replica to load meanwhile, for which nobody has to leave.
+    """
+
+    node: str
+    endpoint: str
+    model_id: str
+    spread: ColdLoad | None = None
+    considered: Considered = field(default=_NOTHING, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +129,7 @@ class Refuse:
 
     model_id: str
     error: CortexError
+    considered: Considered = field(default=_NOTHING, compare=False)
 
 
 Route = Serve | ColdLoad | Refuse
@@ -71,182 +141,228 @@ def choose_route(
     name: str,
     *,
     avoid: AbstractSet[str] = frozenset(),
+    demand: Demand = _ANY,
+    known: Knowledge = _NOTHING_KNOWN,
+    policy: Eviction = _NO_POLICY,
 ) -> Route:
-    """Choose where a request for `name` (a model id or an alias) goes.
+    """Choose where a request for `name` (a model id, an alias or a virtual model) goes.
 
-    Least requests in hand wins among loaded replicas, ties by node name; then a model that is
-    recovering somewhere is waited for by the caller; then a load is joined or begun.
+    The cheapest loaded replica serves, for a virtual model one of its first loaded member; then a
+    model that is recovering somewhere is waited for by the caller; then a load is joined or begun,
+    for a virtual model that of its first member which a node can take.
 
     Args:
         avoid: nodes that failed this request already.
     """
-    model_id = catalogue.resolve(name)
-    usable = [node for node in snapshot.nodes if node.usable and node.name not in avoid]
-    serving = [node for node in usable if _can_serve(node, model_id)]
-    if serving:
-        best = min(serving, key=lambda node: (snapshot.requests(node, model_id), node.name))
-        return Serve(node=best.name, endpoint=best.endpoint, model_id=model_id)
-    recovering = [node.name for node in usable if node.status(model_id) == "recovering"]
-    if recovering:
-        return Refuse(
+    case = _Case(snapshot, catalogue, avoid, demand, known, policy)
+    models = targets(snapshot, catalogue, name)
+    rejected: list[Rejection] = []
+    for model_id in models:
+        serve = case.warm(model_id, rejected)
+        if serve is not None:
+            return serve
+    rejected.clear()
+    recovering: Refuse | None = None
+    doubtful: ColdLoad | None = None
+    for model_id in models:
+        node = case.recovering(model_id)
+        if node is not None:
+            recovering = recovering or _recovering(model_id, node)
+            continue
+        cold = case.cold(model_id, rejected)
+        if cold is None:
+            continue
+        if cold.considered.options[0].doubt is None or len(models) == 1:
+            return cold
+        doubtful = doubtful or cold
+    found = Considered(rejected=tuple(rejected))
+    if recovering is not None:
+        return replace(recovering, considered=found)
+    if doubtful is not None:
+        return doubtful
+    error = _refusal(snapshot, catalogue, name, models)
+    return Refuse(model_id=models[0], error=error, considered=found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """Everything that one choice is made from."""
+
+    snapshot: FleetSnapshot
+    catalogue: Catalogue
+    avoid: AbstractSet[str]
+    demand: Demand
+    known: Knowledge
+    policy: Eviction
+
+    def warm(self, model_id: str, rejected: list[Rejection]) -> Serve | None:
+        """Return the cheapest loaded replica; why other nodes are none is added to `rejected`."""
+        options: list[Option] = []
+        for node in self.snapshot.nodes:
+            reason = unfit(node, self.avoid)
+            if reason is None and not can_serve(node, model_id):
+                reason = not_serving(node, model_id)
+            if reason is not None:
+                rejected.append(Rejection(node=node.name, model_id=model_id, reason=reason))
+                continue
+            options.append(
+                Option(
+                    node=node.name,
+                    model_id=model_id,
+                    status="loaded",
+                    cost=warm_cost(self.snapshot, node, model_id, self.demand, self.known),
+                    cached_tokens=self.demand.cached.get((node.name, model_id), 0),
+                )
+            )
+        if not options:
+            return None
+        options.sort(key=lambda each: (each.cost.total_s, each.node))
+        best = options[0]
+        return Serve(
+            node=best.node,
+            endpoint=self._node(best.node).endpoint,
             model_id=model_id,
-            error=ModelRecoveringError(
-                f"model '{model_id}' is being restarted on {recovering[0]}; try again shortly",
-                retry_after_s=RECOVERING_RETRY_S,
+            spread=self.spread(model_id, best) if best.cost.queue_s >= SPREAD_AFTER_S else None,
+            considered=Considered(options=tuple(options), rejected=tuple(rejected)),
+        )
+
+    def recovering(self, model_id: str) -> str | None:
+        """Return a node that is restarting the model."""
+        names = (
+            node.name
+            for node in self.snapshot.nodes
+            if unfit(node, self.avoid) is None and node.status(model_id) == "recovering"
+        )
+        return next(names, None)
+
+    def cold(self, model_id: str, rejected: list[Rejection]) -> ColdLoad | None:
+        """Return the load of a model that nobody serves, None where no node can take it."""
+        placements: list[Placement] = []
+        for node in self.snapshot.nodes:
+            planned = self._place(node, model_id)
+            if isinstance(planned, Placement):
+                placements.append(planned)
+            else:
+                rejected.append(Rejection(node=node.name, model_id=model_id, reason=planned))
+        return self._load(model_id, placements, rejected) if placements else None
+
+    def spread(self, model_id: str, nearest: Option) -> ColdLoad | None:
+        """Return a further replica that would be up before the nearest one is free."""
+        statuses = {node.status(model_id) for node in self.snapshot.nodes if node.usable}
+        if statuses & {"loading", "recovering"}:
+            return None
+        placements = [
+            planned
+            for node in self.snapshot.nodes
+            if isinstance(planned := self._place(node, model_id), Placement)
+            and planned.status in (None, "unloaded")
+            and planned.doubt is None
+            and not planned.victims
+            and planned.cost.total_s < nearest.cost.total_s
+        ]
+        return self._load(model_id, placements, []) if placements else None
+
+    def _place(self, node: NodeView, model_id: str) -> Placement | str:
+        reason = unfit(node, self.avoid)
+        if reason is not None:
+            return reason
+        if node.status(model_id) == "loaded":
+            # A loaded replica that cannot serve is the neuron's to mend, not ours to load again.
+            return not_serving(node, model_id)
+        return plan_placement(
+            self.snapshot,
+            self.catalogue,
+            node,
+            model_id,
+            demand=self.demand,
+            known=self.known,
+            policy=self.policy,
+        )
+
+    def _load(
+        self, model_id: str, placements: list[Placement], rejected: list[Rejection]
+    ) -> ColdLoad:
+        placements.sort(key=_preference)
+        return ColdLoad(
+            model_id=model_id,
+            plans=tuple(self._plan(model_id, each) for each in placements),
+            considered=Considered(
+                options=tuple(_option(model_id, each) for each in placements),
+                rejected=tuple(rejected),
             ),
         )
-    entry = catalogue.find(model_id)
-    ready = [node for node in usable if _could_load(node, model_id, entry)]
-    if ready:
-        ready.sort(key=lambda node: _rank(node, model_id, entry, catalogue))
-        plans = tuple(_plan(node, model_id, entry) for node in ready)
-        return ColdLoad(model_id=model_id, plans=plans)
-    return Refuse(model_id=model_id, error=_refusal(snapshot, catalogue, name, model_id, entry))
+
+    def _plan(self, model_id: str, placement: Placement) -> LoadPlan:
+        node = self._node(placement.node)
+        info = node.models.get(model_id)
+        return LoadPlan(
+            node=node.name,
+            endpoint=node.endpoint,
+            request=load_request(self.catalogue, model_id, placement, self.policy),
+            weight_bytes=info.weight_bytes if info is not None else None,
+            rivals=self.catalogue.rivals(model_id),
+        )
+
+    def _node(self, name: str) -> NodeView:
+        node = self.snapshot.node(name)
+        assert node is not None
+        return node
 
 
-def nodes_listing(
-    snapshot: FleetSnapshot, model_id: str, *, avoid: AbstractSet[str] = frozenset()
-) -> list[NodeView]:
-    """Return the usable nodes that list a model in any status, those that hold it first."""
-    nodes = [
-        node
-        for node in snapshot.nodes
-        if node.usable and node.name not in avoid and model_id in node.models
-    ]
-    return sorted(nodes, key=lambda node: (not _can_serve(node, model_id), node.name))
+def _preference(each: Placement) -> tuple[bool, int, float, int, str]:
+    rank = _STATUS_RANK.get(each.status or "unloaded", 1)
+    return each.doubt is not None, rank, round(each.cost.total_s, 6), -each.free_bytes, each.node
 
 
-def available(snapshot: FleetSnapshot, catalogue: Catalogue) -> list[str]:
-    """Return every name a caller may use: listed models, catalogue models, aliases; sorted."""
-    names = {model_id for node in snapshot.nodes for model_id in node.models}
-    names.update(model.id for model in catalogue.models)
-    names.update(alias for alias, target in catalogue.aliases.items() if target in names)
-    return sorted(names)
-
-
-def feasible_nodes(snapshot: FleetSnapshot, catalogue: Catalogue, model_id: str) -> list[str]:
-    """Return the names of the usable nodes that have the model or could load it."""
-    entry = catalogue.find(model_id)
-    return [
-        node.name for node in snapshot.nodes if node.usable and _feasible(node, model_id, entry)
-    ]
-
-
-def _can_serve(node: NodeView, model_id: str) -> bool:
-    if node.status(model_id) != "loaded":
-        return False
-    servable = node.models[model_id].servable
-    return servable is None or servable.ok
-
-
-def _feasible(node: NodeView, model_id: str, entry: CatalogueModel | None) -> bool:
-    """Whether the node could ever hold the model: it lists it, or the catalogue places it there."""
-    if entry is None:
-        return model_id in node.models
-    return entry.feasible_on(node.name, node.devices)
-
-
-def _could_load(node: NodeView, model_id: str, entry: CatalogueModel | None) -> bool:
-    # A loaded replica that cannot serve is the neuron's to mend, not ours to load again.
-    return node.status(model_id) != "loaded" and _feasible(node, model_id, entry)
-
-
-def _rank(
-    node: NodeView, model_id: str, entry: CatalogueModel | None, catalogue: Catalogue
-) -> tuple[int, bool, bool, bool, int, str]:
-    """Order candidates: joinable, files at hand, fits now, fits after evictions, most free."""
-    status = node.status(model_id)
-    need_mb = _need_mb(node, model_id, entry)
-    free_mb = _free_mb(node)
-    fits = need_mb <= free_mb
-    priority = entry.priority if entry is not None else DEFAULT_PRIORITY
-    displaceable_mb = sum(
-        _held_mb(node, other, catalogue)
-        for other in node.models
-        if node.status(other) == "loaded" and _priority(catalogue, other) <= priority
-    )
-    return (
-        _STATUS_RANK.get(status or "unloaded", 1),
-        status is None,
-        not fits,
-        need_mb > free_mb + displaceable_mb,
-        -free_mb,
-        node.name,
+def _option(model_id: str, placement: Placement) -> Option:
+    return Option(
+        node=placement.node,
+        model_id=model_id,
+        status=placement.status,
+        cost=placement.cost,
+        victims=placement.victims,
+        doubt=placement.doubt,
     )
 
 
-def _need_mb(node: NodeView, model_id: str, entry: CatalogueModel | None) -> int:
-    info = node.models.get(model_id)
-    if info is not None and info.weight_bytes is not None:
-        return info.weight_bytes // _MIB
-    return (entry.vram_mb or 0) if entry is not None else 0
-
-
-def _free_mb(node: NodeView) -> int:
-    """Free memory of the emptiest device; a host without one offers its main memory."""
-    if node.health is not None and node.health.devices:
-        return max(device.vram_free_mb for device in node.health.devices)
-    if node.devices or node.discovery is None:
-        return 0
-    return node.discovery.memory_total_mb
-
-
-def _held_mb(node: NodeView, model_id: str, catalogue: Catalogue) -> int:
-    info = node.models[model_id]
-    return info.vram_used_mb or _need_mb(node, model_id, catalogue.find(model_id))
-
-
-def _priority(catalogue: Catalogue, model_id: str) -> int:
-    entry = catalogue.find(model_id)
-    return entry.priority if entry is not None else DEFAULT_PRIORITY
-
-
-def _plan(node: NodeView, model_id: str, entry: CatalogueModel | None) -> LoadPlan:
-    info = node.models.get(model_id)
-    return LoadPlan(
-        node=node.name,
-        endpoint=node.endpoint,
-        request=LoadRequest(
-            model_id=model_id,
-            harness=entry.harness if entry is not None else None,
-            source=entry.source if entry is not None else None,
+def _recovering(model_id: str, node: str) -> Refuse:
+    return Refuse(
+        model_id=model_id,
+        error=ModelRecoveringError(
+            f"model '{model_id}' is being restarted on {node}; try again shortly",
+            retry_after_s=RECOVERING_RETRY_S,
         ),
-        weight_bytes=info.weight_bytes if info is not None else None,
     )
 
 
 def _refusal(
-    snapshot: FleetSnapshot,
-    catalogue: Catalogue,
-    name: str,
-    model_id: str,
-    entry: CatalogueModel | None,
+    snapshot: FleetSnapshot, catalogue: Catalogue, name: str, models: tuple[str, ...]
 ) -> CortexError:
     if not any(node.usable for node in snapshot.nodes):
         what = "every node is down or draining" if snapshot.nodes else "no neuron is configured"
         return ServiceUnavailableError(
             f"no healthy node for model '{name}': {what}", retry_after_s=NO_NODES_RETRY_S
         )
-    if entry is None and not snapshot.lists(model_id):
+    if not any(catalogue.find(each) is not None or snapshot.lists(each) for each in models):
         return ModelNotFoundError(
             f"model '{name}' does not exist; available: {_names(snapshot, catalogue)}",
             param="model",
         )
-    stuck = [node.name for node in snapshot.nodes if node.status(model_id) == "loaded"]
-    down = [
+    waiting_for = {
         node.name
         for node in snapshot.nodes
-        if not node.usable and (not node.seen or _feasible(node, model_id, entry))
-    ]
-    if stuck or down:
-        waiting_for = ", ".join(sorted({*stuck, *down}))
+        for each in models
+        if node.status(each) == "loaded"
+        or (not node.usable and (not node.seen or is_feasible(node, each, catalogue)))
+    }
+    if waiting_for:
         return ServiceUnavailableError(
-            f"model '{name}' cannot be served just now: {waiting_for} not ready",
+            f"model '{name}' cannot be served just now: {', '.join(sorted(waiting_for))} not ready",
             retry_after_s=UNHEALTHY_RETRY_S,
         )
     return ServiceUnavailableError(
-        f"model '{name}' is in the catalogue, but no node meets its pinned_on and "
-        "min_device_vram_mb; change models.toml or add a node"
+        f"model '{name}' is in the catalogue, but no node meets its pinned_on, min_devices and "
+        f"min_device_vram_mb, or a group keeps it out; `cortex plan {name}` says why for each node"
     )
 
 

@@ -9,7 +9,7 @@ from cortex.core.catalogue import Catalogue, CatalogueModel
 from cortex.core.neuron_api import Limit, LoadProgress, ModelInfo
 from cortex.core.openai import ModelCard, ModelLocation
 from cortex.gateway.fleet import FleetSnapshot, NodeView
-from cortex.gateway.router import available, feasible_nodes
+from cortex.gateway.roster import available, feasible_nodes, primary
 
 # 2026-01-01: nobody knows when a model was made, and all gateways must say the same.
 CREATED = 1767225600
@@ -141,20 +141,20 @@ def _model_state(node: NodeView, info: ModelInfo) -> ModelState:
 
 
 def model_cards(snapshot: FleetSnapshot, catalogue: Catalogue) -> list[ModelCard]:
-    """Return every model on offer, aliases as entries of their own, sorted by id."""
+    """Return every model on offer by id; aliases and virtual models are entries of their own."""
     return [_card(snapshot, catalogue, name) for name in available(snapshot, catalogue)]
 
 
 def model_card(snapshot: FleetSnapshot, catalogue: Catalogue, name: str) -> ModelCard | None:
     """Return one entry of the listing, None if there is no such model or alias."""
-    model_id = catalogue.resolve(name)
+    model_id = primary(snapshot, catalogue, name)
     if catalogue.find(model_id) is None and not snapshot.lists(model_id):
         return None
     return _card(snapshot, catalogue, name)
 
 
 def _card(snapshot: FleetSnapshot, catalogue: Catalogue, name: str) -> ModelCard:
-    model_id = catalogue.resolve(name)
+    model_id = primary(snapshot, catalogue, name)
     entry = catalogue.find(model_id)
     holders = [node for node in snapshot.nodes if node.healthy and model_id in node.models]
     infos = [node.models[model_id] for node in holders]

@@ -80,3 +80,88 @@ def test_a_model_fits_only_where_one_device_is_large_enough_and_where_it_is_pinn
 def test_the_sample_catalogue_loads():
     catalogue = load_catalogue(Path(__file__).parents[2] / "rpm" / "models.toml")
     assert catalogue.resolve("default") == "Qwen/Qwen3.5-27B"
+
+
+def test_policies_of_a_model_are_read(tmp_path: Path):
+    text = """
+    [[models]]
+    id = "m"
+    ttl_s = 600
+    min_resident_s = 30
+    """
+    (model,) = load(tmp_path, text).models
+    assert (model.ttl_s, model.min_resident_s) == (600, 30)
+
+
+PATTERNS = """
+[[models]]
+id = "claude-local"
+[aliases]
+"claude-*" = "m"
+"claude-haiku-*" = "small"
+exact = "m"
+"claude-opus-4" = "big"
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("claude-sonnet-5", "m"),
+        ("claude-haiku-4-5", "small"),  # more of it is literal
+        ("claude-opus-4", "big"),
+        ("claude-local", "claude-local"),  # a model's own id is no pattern's
+        ("exact", "m"),
+        ("CLAUDE-x", "CLAUDE-x"),
+        ("else", "else"),
+    ],
+)
+def test_a_pattern_stands_for_every_name_that_nothing_else_claims(
+    tmp_path: Path, name: str, target: str
+):
+    assert load(tmp_path, PATTERNS).resolve(name) == target
+
+
+def test_a_name_that_a_node_lists_is_no_patterns(tmp_path: Path):
+    catalogue = load(tmp_path, PATTERNS)
+    assert catalogue.targets("claude-sonnet-5", is_listed=True) == ("claude-sonnet-5",)
+    assert catalogue.names == ["exact", "claude-opus-4"]
+
+
+def test_a_virtual_model_is_an_ordered_list_and_may_be_behind_an_alias(tmp_path: Path):
+    text = """
+    [aliases]
+    "gpt-*" = "coder"
+    [virtual]
+    coder = ["big", "small"]
+    """
+    catalogue = load(tmp_path, text)
+    assert catalogue.targets("coder") == ("big", "small")
+    assert catalogue.targets("gpt-5") == ("big", "small")
+    assert catalogue.resolve("coder") == "big"
+
+
+def test_the_rivals_of_a_model_are_the_other_members_of_its_groups(tmp_path: Path):
+    text = """
+    [groups]
+    large = ["a", "b"]
+    vision = ["c", "a"]
+    """
+    catalogue = load(tmp_path, text)
+    assert catalogue.rivals("a") == {"b", "c"}
+    assert catalogue.rivals("z") == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[virtual]\nm = ["x"]\n[[models]]\nid = "m"', "name of a model or an alias"),
+        ("[virtual]\nv = []", "virtual"),
+        ('[virtual]\nv = ["w"]\nw = ["x"]', "may hold models only"),
+        ('[groups]\ng = ["a"]', "groups"),
+        ('[groups]\ng = ["a", "a"]', "names a model twice"),
+    ],
+)
+def test_a_policy_that_cannot_work_stops_the_start(tmp_path: Path, text: str, words: str):
+    with pytest.raises(ConfigError, match=words):
+        load(tmp_path, text)

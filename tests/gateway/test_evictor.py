@@ -14,9 +14,16 @@ def resident(
     busy: int = 0,
     priority: int = 100,
     pinned: bool = False,
+    protected: float = 0.0,
 ) -> Candidate:
     return Candidate(
-        id=name, memory_bytes=size, idle_s=idle, in_flight=busy, priority=priority, pinned=pinned
+        id=name,
+        memory_bytes=size,
+        idle_s=idle,
+        in_flight=busy,
+        priority=priority,
+        pinned=pinned,
+        protected_s=protected,
     )
 
 
@@ -54,6 +61,11 @@ def test_plan_keeps_a_pinned_model_even_when_it_is_the_oldest() -> None:
 def test_plan_keeps_a_model_with_requests_in_flight() -> None:
     assert plan(resident("busy", idle=99, busy=1), resident("idle"), needed=10) == ["idle"]
     assert plan(resident("busy", busy=1), needed=10) is None
+
+
+def test_plan_keeps_a_model_inside_its_minimum_residency() -> None:
+    assert plan(resident("young", idle=99, protected=1), resident("x"), needed=10) == ["x"]
+    assert plan(resident("young", protected=1), needed=10) is None
 
 
 def test_a_newcomer_displaces_its_own_priority_but_none_higher() -> None:

@@ -20,15 +20,16 @@ from cortex.core.neuron_api import (
     NeuronHealth,
     Servable,
 )
+from cortex.gateway.costs import Demand, Knowledge
 from cortex.gateway.fleet import FleetSnapshot, NodeView
+from cortex.gateway.roster import available, nodes_listing
 from cortex.gateway.router import (
     ColdLoad,
     LoadPlan,
     Refuse,
+    Rejection,
     Serve,
-    available,
     choose_route,
-    nodes_listing,
 )
 
 GIB = 1 << 30
@@ -270,3 +271,111 @@ def test_nodes_that_hold_a_model_come_first_among_those_that_list_it() -> None:
 def test_available_holds_listed_models_catalogue_models_and_aliases_that_lead_somewhere() -> None:
     listed = Catalogue(models=[CatalogueModel(id="z")], aliases={"quick": "x", "dead": "gone"})
     assert available(fleet(node("a", x="loaded")), listed) == ["quick", "x", "z"]
+
+
+def test_the_replica_that_holds_the_prefix_serves() -> None:
+    snapshot = fleet(node("a", m="loaded"), node("b", m="loaded"), b=1)
+    demand = Demand(prompt_tokens=20000, cached={("b", "m"): 19000})
+    route = choose_route(snapshot, EMPTY, "m", demand=demand)
+    assert isinstance(route, Serve)
+    assert route.node == "b"
+    assert [each.cached_tokens for each in route.considered.options] == [19000, 0]
+
+
+def test_a_prefix_does_not_attract_requests_to_a_replica_that_is_busy_for_longer() -> None:
+    snapshot = fleet(node("a", m="loaded"), node("b", m="loaded"))
+    demand = Demand(prompt_tokens=2000, cached={("b", "m"): 1900})
+    known = Knowledge(queued_s={("b", "m"): 30.0})
+    route = choose_route(snapshot, EMPTY, "m", demand=demand, known=known)
+    assert isinstance(route, Serve)
+    assert route.node == "a"
+
+
+def test_a_choice_tells_who_was_turned_down_and_why() -> None:
+    snapshot = fleet(
+        node("a", m="loaded"),
+        node("b", m="loaded", healthy=False),
+        node("c", m="loading"),
+        node("d", m="loaded", draining=True),
+        node("e", m="loaded", servable=Servable(ok=False, reason="poisoned")),
+        node("f", m="loaded"),
+    )
+    route = choose_route(snapshot, EMPTY, "m", avoid={"f"})
+    assert [each.node for each in route.considered.options] == ["a"]
+    assert route.considered.rejected == tuple(
+        Rejection(node=name, model_id="m", reason=reason)
+        for name, reason in {
+            "b": "does not answer (not heard of yet)",
+            "c": "loading",
+            "d": "is draining",
+            "e": "loaded but cannot serve (poisoned)",
+            "f": "failed this request already",
+        }.items()
+    )
+
+
+VIRTUAL = Catalogue(virtual={"v": ["first", "second"]})
+
+
+def test_a_virtual_models_first_loaded_member_serves() -> None:
+    snapshot = fleet(node("a", first="unloaded", second="loaded"))
+    route = choose_route(snapshot, VIRTUAL, "v")
+    assert isinstance(route, Serve)
+    assert route.model_id == "second"
+    both = fleet(node("a", second="loaded"), node("b", first="loaded"))
+    route = choose_route(both, VIRTUAL, "v")
+    assert isinstance(route, Serve)
+    assert (route.node, route.model_id) == ("b", "first")
+
+
+def test_of_a_cold_virtual_model_the_first_member_that_fits_is_loaded() -> None:
+    listed = Catalogue(
+        models=[CatalogueModel(id="first", vram_mb=90000), CatalogueModel(id="second")],
+        virtual={"v": ["first", "second"]},
+    )
+    route = choose_route(fleet(node("a")), listed, "v")
+    assert isinstance(route, ColdLoad)
+    assert route.model_id == "second"
+    roomy = fleet(node("a", free_mb=95000))
+    route = choose_route(roomy, listed, "v")
+    assert isinstance(route, ColdLoad)
+    assert route.model_id == "first"
+
+
+def test_a_virtual_model_passes_over_a_member_that_is_recovering() -> None:
+    route = choose_route(fleet(node("a", first="recovering", second="unloaded")), VIRTUAL, "v")
+    assert isinstance(route, ColdLoad)
+    assert route.model_id == "second"
+
+
+def test_a_virtual_model_of_unknown_members_is_404() -> None:
+    error = refusal(choose_route(fleet(node("a", x="loaded")), VIRTUAL, "v"))
+    assert isinstance(error, ModelNotFoundError)
+
+
+def test_a_long_queue_has_a_further_replica_loaded_where_there_is_room() -> None:
+    known = Knowledge(queued_s={("a", "m"): 60.0})
+    roomy = fleet(node("a", m="loaded"), node("b", weight_bytes=4 * GIB, m="unloaded"))
+    route = choose_route(roomy, EMPTY, "m", known=known)
+    assert isinstance(route, Serve)
+    assert route.node == "a"
+    assert route.spread is not None
+    assert order(route.spread) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("queued_s", "other"),
+    [
+        (4.0, node("b", weight_bytes=4 * GIB, m="unloaded")),  # it is not worth it
+        (60.0, node("b", weight_bytes=4 * GIB, m="loading")),  # one is on its way
+        (60.0, node("b", free_mb=1, weight_bytes=4 * GIB, m="unloaded", n="loaded")),  # no room
+        (60.0, node("b", weight_bytes=4 * GIB, m="failed")),
+    ],
+)
+def test_no_further_replica_is_loaded_without_need_or_room(
+    queued_s: float, other: NodeView
+) -> None:
+    known = Knowledge(queued_s={("a", "m"): queued_s})
+    route = choose_route(fleet(node("a", m="loaded"), other), EMPTY, "m", known=known)
+    assert isinstance(route, Serve)
+    assert route.spread is None

@@ -75,16 +75,18 @@ async def run_gateway(
     entitlements: Entitlements | None = None,
     strategy: Any = "lru",
     clock: Callable[[], float] = time.monotonic,
+    eviction: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> AsyncIterator[RunningGateway]:
     """Serve a gateway over nodes (name: endpoint); `settings` are those of `[gateway]`.
 
     Args:
         keys: keys of which one is required; `entitlements` stands for the whole table instead.
+        eviction: further keys of `[eviction]`.
     """
     config = GatewayConfig(
         gateway=GatewayListen(**settings),
-        eviction=Eviction(strategy=strategy),
+        eviction=Eviction(strategy=strategy, **(eviction or {})),
         neurons=[NeuronAddress(name=name, endpoint=url) for name, url in nodes.items()],
         entitlements=entitlements
         or Entitlements(

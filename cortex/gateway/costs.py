@@ -1,0 +1,110 @@
+"""What a request would cost at a replica, in seconds: one figure that candidates are ranked by.
+
+Queue wait, prefill of what no cache holds, the load of a cold model and the return of those that
+would have to leave for it. Everything here is a function of what it is given.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cortex.gateway.fleet import FleetSnapshot, NodeView
+from cortex.gateway.rates import RateBook
+
+Replica = tuple[str, str]  # (node, model id)
+
+ASSUMED_PROMPT_TOKENS = 512
+ASSUMED_SEATS = 8
+# A full replica decodes each of its sequences slower; so much of a request's time is lost to
+# all the others together.
+SHARED_DECODE = 0.25
+# A victim that was used just now is likely to be asked for again, one idle for this long half so.
+LIKELY_BACK_S = 600.0
+NEVER_USED_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Seconds until the first token, and what others would pay."""
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    load_s: float = 0.0
+    victims_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        """What candidates are ranked by."""
+        return self.queue_s + self.prefill_s + self.load_s + self.victims_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What one request asks for.
+
+    Attributes:
+        prompt_tokens: how long its prompt is, about.
+        cached: tokens of it that a replica is known to hold already.
+    """
+
+    prompt_tokens: int = ASSUMED_PROMPT_TOKENS
+    cached: Mapping[Replica, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knowledge:
+    """What the gateway has learned, beside the fleet's own snapshot.
+
+    Attributes:
+        queued_s: seconds of prefill that requests sent before still have ahead of them.
+    """
+
+    rates: RateBook = field(default_factory=RateBook)
+    queued_s: Mapping[Replica, float] = field(default_factory=dict)
+
+
+def warm_cost(
+    snapshot: FleetSnapshot, node: NodeView, model_id: str, demand: Demand, known: Knowledge
+) -> Cost:
+    """Return what a request costs at a replica that is loaded."""
+    replica = (node.name, model_id)
+    requests = snapshot.requests(node, model_id)
+    load = node.loads.get(model_id)
+    seats = load.max_in_flight if load is not None and load.max_in_flight else ASSUMED_SEATS
+    service_s = known.rates.service_s(node.name, model_id)
+    # With every seat taken it waits for one to become free, and so do those before it.
+    turns = max(0, requests + 1 - seats) / seats
+    shared = SHARED_DECODE * requests / seats
+    return Cost(
+        queue_s=known.queued_s.get(replica, 0.0) + (turns + shared) * service_s,
+        prefill_s=prefill_s(node, model_id, demand, known),
+    )
+
+
+def prefill_s(node: NodeView, model_id: str, demand: Demand, known: Knowledge) -> float:
+    """Return how long the node works on what its caches do not hold of the prompt."""
+    cached = demand.cached.get((node.name, model_id), 0)
+    left = max(1, demand.prompt_tokens - cached)
+    return left / known.rates.prefill_tok_s(node, model_id)
+
+
+def load_s(node: NodeView, model_id: str, num_bytes: int | None, known: Knowledge) -> float:
+    """Return how long a load takes, or the rest of one that is under way."""
+    whole_s = known.rates.load_s(node, model_id, num_bytes)
+    info = node.models.get(model_id)
+    if info is None or info.status != "loading" or info.progress is None:
+        return whole_s
+    progress = info.progress
+    if progress.seconds_left is not None:
+        return progress.seconds_left
+    if progress.bytes_total:
+        return whole_s * max(0.0, 1 - progress.bytes_done / progress.bytes_total)
+    return whole_s
+
+
+def return_s(node: NodeView, model_id: str, known: Knowledge) -> float:
+    """Return what a victim's return would cost, by how likely somebody asks for it again."""
+    info = node.models.get(model_id)
+    idle_s = info.last_used_s if info is not None else None
+    likely = NEVER_USED_SHARE if idle_s is None else LIKELY_BACK_S / (LIKELY_BACK_S + idle_s)
+    weights = info.weight_bytes if info is not None else None
+    return likely * known.rates.load_s(node, model_id, weights)
