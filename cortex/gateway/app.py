@@ -53,7 +53,8 @@ async def open_apps(
     live.on_change(lambda: gatekeeper.reload(live.config.entitlements))
     failure: Exception | None = None
     rates = RateBook()
-    async with open_client(settings.connect_s) as client, asyncio.TaskGroup() as tasks:
+    async with open_client(settings.connect_s, config) as client, asyncio.TaskGroup() as tasks:
+        live.on_change(lambda: client.show_secret(live.config.fleet_secret))
         poller = Poller(client, fleet, poll_s=settings.poll_s)
         polling = tasks.create_task(poller.run(), name="poller")
         metrics = Metrics(fleet)

@@ -14,7 +14,12 @@ from typing import TypeVar
 import aiohttp
 import msgspec
 
-from cortex.core.errors import CortexError, UpstreamConnectionError, UpstreamMalformedError
+from cortex.core.errors import (
+    CortexError,
+    FleetSecretError,
+    UpstreamConnectionError,
+    UpstreamMalformedError,
+)
 from cortex.core.neuron_api import (
     Discovery,
     LoadRequest,
@@ -23,6 +28,7 @@ from cortex.core.neuron_api import (
     NeuronHealth,
 )
 from cortex.core.openai import parse_error
+from cortex.core.trust import Trust, client_context
 
 READ_BUFFER_BYTES = 1 << 18
 MAX_CONTROL_BODY_BYTES = 16 << 20
@@ -32,6 +38,8 @@ ERROR_BODY_S = 5.0
 MAX_BODY_AT_ONCE_BYTES = 1 << 20
 # How long a connection that nobody uses stays open; below the 75 s of the neuron's own server.
 IDLE_CONNECTION_S = 30.0
+
+OPEN_FLEET = Trust()
 
 _JSON = {"content-type": "application/json"}
 
@@ -98,7 +106,13 @@ class Reply:
         except (TimeoutError, CortexError):
             # What matters is the status; the words are a courtesy.
             pass
-        return parse_error(self.status, body, retry_after_s=_seconds(self.header("retry-after")))
+        error = parse_error(self.status, body, retry_after_s=_seconds(self.header("retry-after")))
+        if self.status == FleetSecretError.status:
+            # It concerns this gateway and not its caller, who may even try another node.
+            return UpstreamConnectionError(
+                f"node {self.node} refuses this gateway: {error.message}"
+            )
+        return error
 
     def close(self) -> None:
         """Let go of the answer; one that has not ended takes its connection with it."""
@@ -110,6 +124,12 @@ class NeuronClient:
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
+
+    def show_secret(self, secret: str | None) -> None:
+        """Send the fleet secret with every request from now on, or none."""
+        self._session.headers.pop("authorization", None)
+        if secret is not None:
+            self._session.headers["authorization"] = f"Bearer {secret}"
 
     async def discovery(self, node: str, endpoint: str) -> Discovery:
         """`GET /discovery`."""
@@ -176,9 +196,17 @@ class NeuronClient:
 
 
 @asynccontextmanager
-async def open_client(connect_s: float) -> AsyncIterator[NeuronClient]:
-    """Open the connection pool; `connect_s` bounds each connect, nothing bounds an answer."""
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S)
+async def open_client(connect_s: float, trust: Trust = OPEN_FLEET) -> AsyncIterator[NeuronClient]:
+    """Open the connection pool; `connect_s` bounds each connect, nothing bounds an answer.
+
+    Raises:
+        ConfigError: a certificate of `trust` cannot be used.
+    """
+    connector = aiohttp.TCPConnector(
+        limit=0,
+        keepalive_timeout=IDLE_CONNECTION_S,
+        ssl=client_context(trust, "cortex.toml") or True,
+    )
     async with aiohttp.ClientSession(
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -187,7 +215,9 @@ async def open_client(connect_s: float) -> AsyncIterator[NeuronClient]:
         headers={"accept-encoding": "identity"},
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s, sock_read=None),
     ) as session:
-        yield NeuronClient(session)
+        client = NeuronClient(session)
+        client.show_secret(trust.fleet_secret)
+        yield client
 
 
 def _broken(node: str, exc: BaseException) -> UpstreamConnectionError:
