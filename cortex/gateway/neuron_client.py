@@ -9,6 +9,7 @@ import asyncio
 import io
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from errno import ECONNREFUSED
 from typing import TypeVar
 
 import aiohttp
@@ -54,6 +55,10 @@ _encoder = msgspec.json.Encoder()
 
 class UnreachableError(UpstreamConnectionError):
     """No connection came about, so the node has seen nothing of the request."""
+
+
+class RefusedError(UnreachableError):
+    """The host is there, and nobody listens at the address."""
 
 
 class Reply:
@@ -181,12 +186,32 @@ class NeuronClient:
             raise _broken(node, exc) from exc
         return Reply(node, response)
 
-    async def _get(self, node: str, endpoint: str, path: str) -> bytes:
+    async def events(self, node: str, endpoint: str, last_id: str) -> Reply:
+        """`GET /events` from the event after `last_id` (empty: from a snapshot on).
+
+        Raises:
+            CortexError: it was refused, or the connection broke before the answer began.
+        """
+        headers = {"last-event-id": last_id} if last_id else {}
+        reply = await self._begin_get(node, endpoint, "/events", headers)
+        if reply.status != 200:
+            try:
+                raise await reply.error()
+            finally:
+                reply.close()
+        return reply
+
+    async def _begin_get(
+        self, node: str, endpoint: str, path: str, headers: Mapping[str, str] | None = None
+    ) -> Reply:
         try:
-            response = await self._session.get(endpoint + path)
+            response = await self._session.get(endpoint + path, headers=headers)
         except (aiohttp.ClientError, OSError, TimeoutError) as exc:
             raise _broken(node, exc) from exc
-        reply = Reply(node, response)
+        return Reply(node, response)
+
+    async def _get(self, node: str, endpoint: str, path: str) -> bytes:
+        reply = await self._begin_get(node, endpoint, path)
         try:
             if reply.status != 200:
                 raise await reply.error()
@@ -223,6 +248,8 @@ async def open_client(connect_s: float, trust: Trust = OPEN_FLEET) -> AsyncItera
 def _broken(node: str, exc: BaseException) -> UpstreamConnectionError:
     if isinstance(exc, aiohttp.ServerTimeoutError):
         return UnreachableError(f"node {node} cannot be reached: no connection in time")
+    if isinstance(exc, aiohttp.ClientConnectorError) and exc.os_error.errno == ECONNREFUSED:
+        return RefusedError(f"node {node} cannot be reached: nobody listens at its endpoint")
     if isinstance(exc, aiohttp.ClientConnectorError):
         return UnreachableError(f"node {node} cannot be reached: {exc.os_error.strerror or exc}")
     reason = str(exc) or type(exc).__name__
