@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import signal
+from contextlib import AsyncExitStack
 
 import msgspec
 
@@ -43,21 +44,27 @@ class NodeSpec(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     num_devices: int = 1
     time_scale: float = 1.0
 
+    def neuron(self, host: str, port: int) -> MockNeuron:
+        """Return the neuron itself."""
+        return MockNeuron(
+            *(each.model() for each in self.models),
+            host=host,
+            port=port,
+            total_bytes=self.total_bytes,
+            num_devices=self.num_devices,
+            time_scale=self.time_scale,
+        )
 
-async def run(spec: NodeSpec, host: str, port: int) -> None:
-    """Serve until SIGTERM; the first line of output has the endpoint."""
+
+async def run(spec: NodeSpec, host: str, port: int, count: int) -> None:
+    """Serve `count` neurons of one kind until SIGTERM; each prints its endpoint on a line."""
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    async with MockNeuron(
-        *(each.model() for each in spec.models),
-        host=host,
-        port=port,
-        total_bytes=spec.total_bytes,
-        num_devices=spec.num_devices,
-        time_scale=spec.time_scale,
-    ) as neuron:
-        print(neuron.endpoint, flush=True)  # noqa: T201  whoever started it reads this
+    async with AsyncExitStack() as stack:
+        for _ in range(count):
+            neuron = await stack.enter_async_context(spec.neuron(host, port))
+            print(neuron.endpoint, flush=True)  # noqa: T201  whoever started it reads this
         await ended.wait()
 
 
@@ -65,6 +72,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="mock_neuron")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1, help="more than one need port 0")
     parser.add_argument("--spec", required=True, help="a NodeSpec as JSON")
     options = parser.parse_args()
-    asyncio.run(run(msgspec.json.decode(options.spec, type=NodeSpec), options.host, options.port))
+    spec = msgspec.json.decode(options.spec, type=NodeSpec)
+    asyncio.run(run(spec, options.host, options.port, options.count))

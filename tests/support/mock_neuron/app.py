@@ -19,10 +19,16 @@ from cortex.core.neuron_api import (
     UnloadResponse,
     Version,
 )
-from cortex.core.openai import KEEPALIVE, SSE_DONE, Usage, usage_comment
+from cortex.core.openai import (
+    KEEPALIVE,
+    SSE_DONE,
+    ModelCard,
+    ModelList,
+    Usage,
+    usage_comment,
+)
 from tests.support.mock_neuron import answers
 from tests.support.mock_neuron.engine import EngineDied, QueueFull
-from tests.support.mock_neuron.events import EventFeed
 from tests.support.mock_neuron.faults import FaultCommand
 from tests.support.mock_neuron.node import Node, RefusedError
 from tests.support.mock_neuron.script import MockModel, Seen
@@ -39,21 +45,13 @@ class MockNeuron(Node):
     Attributes:
         polls: how often `/models` was asked for.
         cancelled: requests whose caller left.
-        feed: its events; `/events` is there only where `events` says so.
         control_fault: what `/discovery`, `/health` and `/models` do instead of answering.
     """
 
     def __init__(
-        self,
-        *models: MockModel,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        events: bool = False,
-        **node: Any,
+        self, *models: MockModel, host: str = "127.0.0.1", port: int = 0, **node: Any
     ) -> None:
         super().__init__(*models, **node)
-        self.feed = EventFeed(self)
-        self.events = events
         self.host = host
         self.port = port
         self.polls = 0
@@ -86,6 +84,7 @@ class MockNeuron(Node):
                 web.post("/models/unload", self._unload),
                 web.get("/models/{model_id:.+}/endpoint", self._endpoint),
                 web.get("/models/{model_id:.+}", self._model),
+                web.get("/v1/models", self._cards),
                 web.post("/v1/chat/completions", self._chat),
                 web.post("/v1/tokenize", self._tokenize),
                 web.post("/mock/fault", self._fault),
@@ -93,8 +92,6 @@ class MockNeuron(Node):
                 web.get("/mock/stats", self._stats),
             ]
         )
-        if self.events:
-            app.router.add_get("/events", self.feed.serve)
         self._runner = web.AppRunner(
             app, handler_cancellation=True, access_log=None, shutdown_timeout=0.01
         )
@@ -152,6 +149,13 @@ class MockNeuron(Node):
 
     async def _model(self, request: web.Request) -> web.Response:
         return answers.json_answer(self.info(self._named(request)))
+
+    async def _cards(self, _: web.Request) -> web.Response:
+        cards = [
+            ModelCard(id=model.id, loaded=model.status == "loaded", status=model.status)
+            for model in self.models.values()
+        ]
+        return answers.json_answer(ModelList(data=cards))
 
     async def _endpoint(self, request: web.Request) -> web.Response:
         if self._named(request).status != "loaded":
