@@ -108,7 +108,7 @@ async def run_neuron(config: NeuronConfig) -> None:
     shutdown = shutdown_on_signals(_neuron_exit_s(config))
     bound = bind(config.host, config.port, "neuron")
     async with open_app(config) as app:
-        listener = Listener(app=app, name="neuron", bound=bound)
+        listener = Listener(app=app, name="neuron", bound=bound, tls=config)
         await serve([listener], shutdown=shutdown, drain_s=config.harness.torch.drain_s)
 
 

@@ -18,7 +18,7 @@ BLIND_EXCEPTS = {
     "neuron/chat/tokenizer.py",  # the tokenizers library raises plain Exception
     "gateway/app.py",
     "gateway/loads.py",
-    "gateway/poller.py",
+    "gateway/watch.py",
 }
 
 

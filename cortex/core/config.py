@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from cortex.core.entitlements import Entitlements
 from cortex.core.errors import ConfigError
+from cortex.core.trust import Trust, settle_trust
 
 T = TypeVar("T")
 
@@ -26,6 +27,8 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 GATEWAY_PORT = 31313
 METRICS_PORT = 31314
 NEURON_PORT = 13131
+
+_SECRETS = frozenset(["CORTEX_FLEET_SECRET", "NEURON_FLEET_SECRET", "CORTEX_API_KEY"])
 
 
 class _Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -81,7 +84,7 @@ class Upstream(_Config, frozen=True):
     served_usage_report_interval_secs: float | None = None
 
 
-class GatewayConfig(_Config, frozen=True):
+class GatewayConfig(_Config, Trust, frozen=True):
     """cortex.toml."""
 
     gateway: GatewayListen = GatewayListen()
@@ -95,6 +98,12 @@ class GatewayConfig(_Config, frozen=True):
         names = [neuron.name for neuron in self.neurons]
         if len(set(names)) != len(names):
             raise ValueError(f"two neurons share a name: {', '.join(sorted(names))}")
+        by_tls = any(neuron.endpoint.startswith("https:") for neuron in self.neurons)
+        if self.neurons and not by_tls and (self.tls_ca or self.tls_cert):
+            raise ValueError(
+                "tls_cert, tls_key and tls_ca are for neurons with an https:// endpoint, and there "
+                "is none"
+            )
 
 
 class HarnessName(_Config, frozen=True):
@@ -148,7 +157,7 @@ class Harnesses(_Config, frozen=True):
     torch: TorchHarness = TorchHarness()
 
 
-class NeuronConfig(_Config, frozen=True):
+class NeuronConfig(_Config, Trust, frozen=True):
     """neuron.toml."""
 
     host: str = "0.0.0.0"  # noqa: S104  a neuron serves the gateways of its network
@@ -158,6 +167,13 @@ class NeuronConfig(_Config, frozen=True):
     harnesses: list[HarnessName] = []  # empty: torch
     default_models: list[DefaultModel] = []
     harness: Harnesses = Harnesses()
+
+    def __post_init__(self) -> None:
+        if self.tls_ca is not None and self.tls_cert is None:
+            raise ValueError(
+                "tls_ca asks gateways for certificates; set tls_cert and tls_key, too, so that "
+                "there is TLS"
+            )
 
 
 # Keys of the original that this program does not act on, each with the way out. `[]` stands
@@ -195,7 +211,12 @@ def load_gateway_config(path: Path | None) -> GatewayConfig:
         ConfigError: the file or a key cannot be used.
     """
     config = _load(path, GatewayConfig, "CORTEX_", _REFUSED_GATEWAY)
-    config = msgspec.structs.replace(config, entitlements=config.entitlements.without_plain_keys())
+    base = path.parent if path is not None else Path.cwd()
+    config = msgspec.structs.replace(
+        config,
+        entitlements=config.entitlements.without_plain_keys(),
+        **settle_trust(config, base, str(path or "environment")),
+    )
     if path is None:
         return config
     beside = path.parent / (config.models_config or "models.toml")
@@ -228,7 +249,12 @@ def load_neuron_config(path: Path | None) -> NeuronConfig:
         if not Path(each).exists():
             raise ConfigError(f"{path or 'environment'}: models: {name}: {each} does not exist")
     state_dir = _absolute(base, config.state_dir) if config.state_dir else str(user_cache_dir())
-    return msgspec.structs.replace(config, harness=Harnesses(torch=torch), state_dir=state_dir)
+    return msgspec.structs.replace(
+        config,
+        harness=Harnesses(torch=torch),
+        state_dir=state_dir,
+        **settle_trust(config, base, str(path or "environment")),
+    )
 
 
 def _absolute(base: Path, path: str) -> str:
@@ -242,8 +268,12 @@ def user_cache_dir() -> Path:
 
 
 def child_environment(overrides: Mapping[str, str]) -> dict[str, str]:
-    """Return this process's environment with `overrides`, for a child process."""
-    return {**os.environ, **overrides}
+    """Return this process's environment with `overrides`, for a child process.
+
+    What lets callers in is left out: an engine needs none of it.
+    """
+    kept = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+    return {**kept, **overrides}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -318,15 +348,25 @@ def _apply_environment(
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
                 raise ConfigError(f"{name}: `{part}` is not a table")
-        table[path[-1]] = _toml_value(value)
+        table[path[-1]] = _toml_value(value, kind, path)
 
 
-def _toml_value(text: str) -> object:
-    """Read a TOML literal; what is none is a string."""
+def _toml_value(text: str, kind: Any, path: list[str]) -> object:
+    """Read a TOML literal; what is none, or is no value of the key at `path`, is a string."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    try:
+        for part in path:
+            kind = {field.name: field.type for field in msgspec.structs.fields(kind)}[part]
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        return text
+    except (KeyError, TypeError):
+        # Not a key of a struct; what is wrong with it is told when the whole is converted.
+        return value
+    return value
 
 
 def parse_address(text: str, where: str) -> tuple[str, int]:

@@ -120,6 +120,14 @@ class AuthenticationError(CortexError):
     kind = "invalid_request_error"
 
 
+class FleetSecretError(CortexError):
+    """A neuron was asked by someone who does not show the fleet secret."""
+
+    status = 401
+    code = "fleet_secret_required"
+    kind = "invalid_request_error"
+
+
 class ModelNotFoundError(CortexError):
     """No node and no catalogue entry knows the model."""
 

@@ -24,6 +24,8 @@ MAX_LOGIT_BIAS = 4096
 
 SSE_DONE = b"data: [DONE]\n\n"
 KEEPALIVE = b": keep-alive\n\n"
+# The code of an error that came without an envelope: whoever sent it was no Cortex process.
+NO_ENVELOPE = "upstream_error"
 USAGE_COMMENT = b": usage "
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
@@ -447,13 +449,13 @@ def parse_error(status: int, body: bytes, *, retry_after_s: float | None = None)
         return RemoteError(
             f"status {status}: {text}" if text else f"status {status} without a message",
             status=status,
-            code="upstream_error",
+            code=NO_ENVELOPE,
             retry_after_s=retry_after_s,
         )
     return RemoteError(
         error.message or f"status {status} without a message",
         status=status,
-        code=str(error.code) if error.code is not None else "upstream_error",
+        code=str(error.code) if error.code is not None else NO_ENVELOPE,
         kind=error.type or "api_error",
         param=error.param,
         retry_after_s=retry_after_s,

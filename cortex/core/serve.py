@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from hypercorn.typing import Framework
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cortex.core.errors import StartupError
+from cortex.core.trust import Trust
 
 BACKLOG = 4096
 KEEP_ALIVE_S = 75
@@ -35,7 +37,8 @@ class Listener:
     """One app on one address; port 0 takes a free one.
 
     `bound` is a socket that `bind` made beforehand (host and port are then not used), for a
-    caller that must know the port, or that it is free, before it starts anything.
+    caller that must know the port, or that it is free, before it starts anything. With `tls` it
+    speaks only HTTPS, and where that names a CA, only to those with a certificate of it.
     """
 
     app: ASGIApp
@@ -43,6 +46,7 @@ class Listener:
     host: str = "127.0.0.1"
     port: int = 0
     bound: socket.socket | None = None
+    tls: Trust | None = None
 
 
 async def serve(
@@ -77,7 +81,7 @@ async def serve(
                 servers.create_task(
                     hypercorn_serve(
                         cast(Framework, _with_events(listener.app, shutdown, last_call)),
-                        _config(bound, drain_s),
+                        _config(bound, drain_s, listener.tls),
                         shutdown_trigger=shutdown.wait,
                         mode="asgi",
                     ),
@@ -134,7 +138,7 @@ def bind(host: str, port: int, name: str) -> socket.socket:
     return bound
 
 
-def _config(bound: socket.socket, drain_s: float) -> Config:
+def _config(bound: socket.socket, drain_s: float, tls: Trust | None) -> Config:
     config = Config()
     config.bind = [f"fd://{bound.detach()}"]
     config.backlog = BACKLOG
@@ -144,6 +148,12 @@ def _config(bound: socket.socket, drain_s: float) -> Config:
     config.include_server_header = False
     config.accesslog = None
     config.errorlog = _logger
+    if tls is not None and tls.tls_cert is not None:
+        config.certfile = tls.tls_cert
+        config.keyfile = tls.tls_key
+        if tls.tls_ca is not None:
+            config.ca_certs = tls.tls_ca
+            config.verify_mode = ssl.CERT_REQUIRED
     return config
 
 

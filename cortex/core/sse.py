@@ -8,11 +8,12 @@ MAX_EVENT_BYTES = 16 << 20
 
 
 class SseEvent(NamedTuple):
-    """One event; `data` of a comment is its whole line."""
+    """One event; `data` of a comment is its whole line, `event_id` is empty where none came."""
 
     name: bytes
     data: bytes
     is_comment: bool = False
+    event_id: bytes = b""
 
 
 class SseSplitter:
@@ -69,7 +70,7 @@ def _parse(block: bytes) -> SseEvent | None:
     """Read one event's lines; None for a block of nothing but blank lines and unknown fields."""
     if block.startswith(b"data: ") and b"\n" not in block:
         return SseEvent(b"", block[6:])
-    name = b""
+    name = event_id = b""
     data: list[bytes] = []
     comment = b""
     for line in block.split(b"\n"):
@@ -79,8 +80,10 @@ def _parse(block: bytes) -> SseEvent | None:
             data.append(value)
         elif field == b"event":
             name = value
+        elif field == b"id":
+            event_id = value
         elif not field and line:
             comment = line
     if data:
-        return SseEvent(name, b"\n".join(data))
+        return SseEvent(name, b"\n".join(data), event_id=event_id)
     return SseEvent(b"", comment, is_comment=True) if comment else None

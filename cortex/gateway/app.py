@@ -1,4 +1,4 @@
-"""Put the gateway together: one fleet, one client, one poller, two ASGI apps."""
+"""Put the gateway together: one fleet, one client, one watch over the nodes, two ASGI apps."""
 
 import asyncio
 import time
@@ -20,9 +20,9 @@ from cortex.gateway.live import Live
 from cortex.gateway.loads import Loads
 from cortex.gateway.metrics import Metrics
 from cortex.gateway.neuron_client import open_client
-from cortex.gateway.poller import Poller
 from cortex.gateway.proxy import Proxy
 from cortex.gateway.rates import RateBook
+from cortex.gateway.watch import Watch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +48,15 @@ async def open_apps(
     """
     live = Live(config, catalogue)
     settings = config.gateway
-    fleet = Fleet((each.name, each.endpoint) for each in config.neurons)
+    fleet = Fleet(((each.name, each.endpoint) for each in config.neurons), clock)
     gatekeeper = Gatekeeper(config.entitlements)
     live.on_change(lambda: gatekeeper.reload(live.config.entitlements))
     failure: Exception | None = None
     rates = RateBook()
-    async with open_client(settings.connect_s) as client, asyncio.TaskGroup() as tasks:
-        poller = Poller(client, fleet, poll_s=settings.poll_s)
-        polling = tasks.create_task(poller.run(), name="poller")
+    async with open_client(settings.connect_s, config) as client, asyncio.TaskGroup() as tasks:
+        live.on_change(lambda: client.show_secret(live.config.fleet_secret))
+        watch = Watch(client, fleet, live, tasks=tasks, clock=clock)
+        watch.sync()
         metrics = Metrics(fleet)
         loads = Loads(
             client,
@@ -63,7 +64,7 @@ async def open_apps(
             metrics,
             live,
             rates=rates,
-            poke=poller.poke,
+            poke=watch.poke,
             tasks=tasks,
             clock=clock,
         )
@@ -77,12 +78,12 @@ async def open_apps(
                 proxy=Proxy(client, fleet, live),
                 client=client,
                 metrics=metrics,
-                poke=poller.poke,
+                poke=watch.poke,
                 clock=clock,
             ),
         )
         try:
-            await poller.first_round()
+            await watch.first_round()
             yield GatewayApps(
                 api=KeyMiddleware(build_app(handlers.routes()), gatekeeper),
                 metrics=MetricsGuard(build_app(metrics_routes(metrics)), gatekeeper),
@@ -93,6 +94,6 @@ async def open_apps(
             failure = exc
         finally:
             loads.cancel()
-            polling.cancel()
+            watch.cancel()
     if failure is not None:
         raise failure

@@ -31,6 +31,8 @@ from cortex.gateway.router import ColdLoad, Refuse, Serve, choose_route
 
 # Choices of a node and joined loads together, so that a fleet that thrashes ends a request.
 MAX_ROUTES = 8
+# So many further nodes see a request: one that brings engines down must not bring down all.
+MAX_RETRIES = 2
 # A node that failed after this long has had its chance; the caller is told instead of made to
 # wait the same time again.
 RETRY_WITHIN_S = 60.0
@@ -41,7 +43,7 @@ TOKENIZE_S = 30.0
 MAX_TOKENIZE_BYTES = 64 << 20
 
 # What a node answers when it cannot take the request just now but another one may.
-_ELSEWHERE = frozenset([429, 502, 503])
+_ELSEWHERE = frozenset([429, 502, 503, 504])
 # What a node answers when it no longer holds the model: it was evicted since the last reading.
 _GONE = frozenset(["model_not_found", "model_not_loaded", "model_unloading"])
 
@@ -88,6 +90,7 @@ class _Journey:
         self.error: CortexError | None = None
         self.is_checked = False
         self.routes = 0
+        self.retries = 0
 
     def body_for(self, model_id: str) -> bytes:
         """Return the body with the node's own name of the model."""
@@ -213,6 +216,7 @@ class Dispatcher:
                     raise
                 error = exc
             except UpstreamConnectionError as exc:
+                self._fleet.record_fault(node.name, at_once=isinstance(exc, UnreachableError))
                 self._node_failed(node.name, exc)
                 error = exc
         if error is not None:
@@ -340,14 +344,14 @@ class Dispatcher:
             self._node_failed(serve.node, exc)
         elif not isinstance(exc, RemoteError) or exc.status not in _ELSEWHERE:
             raise exc
-        if self._clock() - journey.arrival_s > RETRY_WITHIN_S:
+        journey.retries += 1
+        if journey.retries > MAX_RETRIES or self._clock() - journey.arrival_s > RETRY_WITHIN_S:
             raise exc
+        self._metrics.record_retry(serve.model_id, serve.node)
 
     def _node_failed(self, node: str, exc: UpstreamConnectionError) -> None:
         _logger.warning("a request failed: %s", exc.message, extra={"node": node})
-        if isinstance(exc, UnreachableError):
-            # As telling as a missed poll; the poller finds out at once what is the matter.
-            self._fleet.record_failure(node, exc.message)
+        # Its breaker knows already; whether it is there at all is found out at once.
         self._poke(node)
 
 

@@ -1,10 +1,12 @@
 """What this gateway knows of its nodes: one owner of the state, snapshots for everyone else.
 
-Readings come in whole (a poll) or model by model (a load that ended, an event); each is recorded
-without an await, so a snapshot is never half of one. A model that was recorded on its own after
-a poll began keeps that record: the poll's answer may be older.
+Readings come in whole (a poll, the first event of a subscription) or piece by piece (a load that
+ended, an event); each is recorded without an await, so a snapshot is never half of one. A model
+that was recorded on its own after a reading began keeps that record: the reading may be older.
+What is recorded of a node that was removed meanwhile is dropped.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -19,8 +21,13 @@ from cortex.core.neuron_api import (
     ModelLoad,
     NeuronHealth,
 )
+from cortex.gateway import breaker as breakers
+from cortex.gateway import liveness
+from cortex.gateway.breaker import CLOSED, Breaker
+from cortex.gateway.liveness import UNHEARD, Liveness, Miss
 
-MAX_FAILURES = 3  # so many misses in a row make a node unhealthy
+# A model in another status has no engine, so what was said of its work in hand is void.
+_RESIDENT = frozenset(["loaded", "recovering", "draining"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,9 +35,13 @@ class NodeView:
     """One node as last heard of.
 
     Attributes:
-        healthy: it answered lately; false until its first answer.
+        healthy: it answered lately and does not flap; false until its first answer.
         seen: it has answered at least once.
-        failures: misses in a row since its last answer.
+        failure: what the last miss was.
+        subscribed: its events come in; otherwise it is polled.
+        drained: the operator wants nothing new to go there.
+        admitting: its breaker lets a request pass.
+        retry_s: how long its breaker certainly lets nothing pass.
         models: by model id; kept while the node is unhealthy, so that its models stay known.
         loads: work in hand by model id, as reported.
         foreign: requests in hand by model id that are not this gateway's.
@@ -40,8 +51,13 @@ class NodeView:
     endpoint: str
     healthy: bool = False
     seen: bool = False
-    failures: int = 0
     failure: str | None = None
+    subscribed: bool = False
+    drained: bool = False
+    admitting: bool = True
+    retry_s: float = 0.0
+    liveness: Liveness = UNHEARD
+    breaker: Breaker = CLOSED
     discovery: Discovery | None = None
     health: NeuronHealth | None = None
     models: Mapping[str, ModelInfo] = field(default_factory=dict)
@@ -49,9 +65,19 @@ class NodeView:
     foreign: Mapping[str, int] = field(default_factory=dict)
 
     @property
+    def failures(self) -> int:
+        """Misses in a row since its last answer."""
+        return self.liveness.misses
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes nothing new, by its own word or the operator's."""
+        return self.drained or (self.health is not None and self.health.status == "draining")
+
+    @property
     def usable(self) -> bool:
         """Whether new requests may go to it."""
-        return self.healthy and (self.health is None or self.health.status != "draining")
+        return self.healthy and self.admitting and not self.draining
 
     @property
     def devices(self) -> list[Device]:
@@ -87,57 +113,100 @@ class FleetSnapshot:
 
 
 class Lease:
-    """One request in hand at one node, counted from its creation to its first release."""
+    """One request in hand at one node, counted from its creation to its first release.
 
-    __slots__ = ("_fleet", "_lost", "_open", "model_id", "node")
+    Its holder tells how it went (`succeeded` or `failed`), for the node's breaker; saying
+    nothing means that nobody knows.
+    """
 
-    def __init__(self, fleet: "Fleet", node: str, model_id: str) -> None:
+    __slots__ = ("_call", "_fleet", "_open", "_trial", "lost", "model_id", "node")
+
+    def __init__(self, fleet: "Fleet", node: str, model_id: str, *, trial: bool) -> None:
         self.node = node
         self.model_id = model_id
         self._fleet = fleet
         self._open = True
-        self._lost: Callable[[], None] | None = None
+        self._trial = trial
+        self._call: Callable[[], None] | None = None
+        # The node has counted as down since the request began.
+        self.lost = False
 
     def on_node_lost(self, call: Callable[[], None]) -> None:
-        """Have `call` called once if the node becomes unhealthy before the release."""
-        self._lost = call
+        """Have `call` called once if the node counts as down before the release."""
+        self._call = call
 
     def node_lost(self) -> None:
         """Tell the holder that the node is gone."""
-        call, self._lost = self._lost, None
+        self.lost = True
+        call, self._call = self._call, None
         if call is not None:
             call()
+
+    def succeeded(self) -> None:
+        """Say that the node did its part, if only by refusing in proper words."""
+        self._trial = False
+        self._fleet.record_success(self.node)
+
+    def failed(self, *, at_once: bool = False) -> None:
+        """Say that the node failed; `at_once` where one such failure proves it unable."""
+        trial, self._trial = self._trial, False
+        self._fleet.record_fault(self.node, trial=trial, at_once=at_once)
 
     def release(self) -> None:
         """Give the seat back; later calls do nothing."""
         if self._open:
             self._open = False
-            self._fleet.end_lease(self)
+            self._fleet.end_lease(self, trial=self._trial)
 
 
 class Fleet:
     """The owner of the gateway's view of its nodes."""
 
-    def __init__(self, addresses: Iterable[tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        addresses: Iterable[tuple[str, str]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Start with nodes (name, endpoint) of which nothing is known yet."""
-        self._nodes = {
-            name: NodeView(name=name, endpoint=endpoint.rstrip("/"))
-            for name, endpoint in sorted(addresses)
-        }
+        self._clock = clock
+        self._nodes: dict[str, NodeView] = {}
         self._leases: dict[tuple[str, str], int] = {}
         self._holders: set[Lease] = set()
         self._stamp = 0
         self._touched: dict[tuple[str, str], int] = {}
+        # Nodes whose view changes by mere waiting.
+        self._waiting: set[str] = set()
         self._view: tuple[NodeView, ...] | None = None
+        self.set_nodes(addresses)
+
+    def set_nodes(self, addresses: Iterable[tuple[str, str]]) -> None:
+        """Have exactly these nodes (name, endpoint); one with a new endpoint is a new node.
+
+        Requests in hand at nodes that go are not touched.
+        """
+        wanted = {name: endpoint.rstrip("/") for name, endpoint in sorted(addresses)}
+        nodes = {}
+        for name, endpoint in wanted.items():
+            known = self._nodes.get(name)
+            if known is None or known.endpoint != endpoint:
+                self._forget(name)
+                known = NodeView(name=name, endpoint=endpoint)
+            nodes[name] = known
+        for name in self._nodes.keys() - nodes.keys():
+            self._forget(name)
+        self._nodes = nodes
+        self._view = None
 
     def snapshot(self) -> FleetSnapshot:
         """Return an immutable copy of the present state."""
+        for name in tuple(self._waiting):
+            self._replace(name)
         if self._view is None:
             self._view = tuple(self._nodes.values())
         return FleetSnapshot(nodes=self._view, leases=MappingProxyType(self._leases.copy()))
 
     def begin_reading(self) -> int:
-        """Return a stamp to be taken before a poll asks its first question."""
+        """Return a stamp to be taken before a node is asked its first question."""
         return self._stamp
 
     def record_discovery(self, name: str, discovery: Discovery) -> None:
@@ -154,9 +223,11 @@ class Fleet:
             stamp: from `begin_reading`, taken before asking.
 
         Returns:
-            Whether the node was not healthy before.
+            Whether the node was down before.
         """
-        node = self._nodes[name]
+        node = self._nodes.get(name)
+        if node is None:
+            return False
         read = {info.id: info for info in models}
         for (owner, model_id), touched in list(self._touched.items()):
             if owner != name:
@@ -165,50 +236,84 @@ class Fleet:
                 del self._touched[owner, model_id]
             elif model_id in node.models:
                 read[model_id] = node.models[model_id]
+            else:
+                read.pop(model_id, None)
         health = health or node.health
-        loads = {load.id: load for load in health.models} if health is not None else {}
-        foreign = {
-            load.id: max(
-                0, load.in_flight + load.queue_depth - self._leases.get((name, load.id), 0)
-            )
-            for load in loads.values()
-        }
-        self._replace(
-            name,
-            healthy=True,
-            seen=True,
-            failures=0,
-            failure=None,
-            health=health,
-            models=MappingProxyType(read),
-            loads=MappingProxyType(loads),
-            foreign=MappingProxyType(foreign),
-        )
-        return not node.healthy
+        self._replace(name, health=health, models=MappingProxyType(read))
+        self._set_loads(name, health.models if health is not None else ())
+        return self.record_alive(name)
 
-    def record_failure(self, name: str, reason: str) -> bool:
-        """Count a miss; return whether it has just made the node unhealthy."""
-        node = self._nodes[name]
-        failures = node.failures + 1
-        lost = node.healthy and failures >= MAX_FAILURES
-        self._replace(name, failures=failures, failure=reason, healthy=node.healthy and not lost)
-        if lost:
+    def record_alive(self, name: str) -> bool:
+        """Record a sign of life; return whether the node was down before."""
+        node = self._nodes.get(name)
+        if node is None:
+            return False
+        heard = liveness.heard(node.liveness, self._clock())
+        if heard is node.liveness and node.failure is None:
+            return False
+        back = not node.liveness.up
+        breaker = breakers.returned(node.breaker) if back else node.breaker
+        self._replace(name, seen=True, failure=None, liveness=heard, breaker=breaker)
+        return back
+
+    def record_failure(self, name: str, reason: str, miss: Miss = "late") -> bool:
+        """Record a miss; return whether it has just made the node count as down."""
+        node = self._nodes.get(name)
+        if node is None:
+            return False
+        now = liveness.missed(node.liveness, self._clock(), miss)
+        lost = node.liveness.up and not now.up
+        self._replace(name, failure=reason, liveness=now)
+        # Where a connection is refused, those of a process that ended are reset as well, and one
+        # that only stopped listening still answers what it has in hand.
+        if lost and miss != "refused":
             for lease in [lease for lease in self._holders if lease.node == name]:
                 lease.node_lost()
         return lost
 
+    def record_subscribed(self, name: str, subscribed: bool) -> None:
+        """Record whether a node's events come in."""
+        self._replace(name, subscribed=subscribed)
+
+    def record_health(self, name: str, health: NeuronHealth) -> None:
+        """Record a node's own state, with its models' work in hand."""
+        self._replace(name, health=health)
+        self._set_loads(name, health.models)
+
+    def record_loads(self, name: str, loads: Iterable[ModelLoad]) -> None:
+        """Record the work in hand of some of a node's models."""
+        node = self._nodes.get(name)
+        if node is not None:
+            self._set_loads(name, {**node.loads, **{load.id: load for load in loads}}.values())
+
     def record_model(self, name: str, info: ModelInfo) -> None:
-        """Record one model of a node, newer than any poll that is under way."""
-        self._stamp += 1
-        self._touched[name, info.id] = self._stamp
-        models = {**self._nodes[name].models, info.id: info}
-        self._replace(name, models=MappingProxyType(models))
+        """Record one model of a node, newer than any reading that is under way."""
+        node = self._nodes.get(name)
+        if node is None:
+            return
+        self._touch(name, info.id)
+        self._replace(name, models=MappingProxyType({**node.models, info.id: info}))
+        if info.status not in _RESIDENT and info.id in node.loads:
+            self._set_loads(name, [load for load in node.loads.values() if load.id != info.id])
+
+    def record_model_gone(self, name: str, model_id: str) -> None:
+        """Record that a node no longer knows a model."""
+        node = self._nodes.get(name)
+        if node is None:
+            return
+        self._touch(name, model_id)
+        kept = {key: info for key, info in node.models.items() if key != model_id}
+        self._replace(name, models=MappingProxyType(kept))
+        self._set_loads(name, [load for load in node.loads.values() if load.id != model_id])
 
     def record_status(
         self, name: str, model_id: str, status: str, error: str | None = None
     ) -> None:
         """Record a model's new status, keeping the rest of what is known of it."""
-        known = self._nodes[name].models.get(model_id)
+        node = self._nodes.get(name)
+        if node is None:
+            return
+        known = node.models.get(model_id)
         if known is None:
             known = ModelInfo(id=model_id, harness="torch", status=status)
         # Whether it could serve was said of its old status.
@@ -217,16 +322,44 @@ class Fleet:
         )
         self.record_model(name, changed)
 
+    def record_drained(self, name: str, drained: bool) -> None:
+        """Record whether the operator wants nothing new to go to a node."""
+        self._replace(name, drained=drained)
+
+    def record_success(self, name: str) -> None:
+        """Record that a node did its part in a request."""
+        node = self._nodes.get(name)
+        if node is not None and node.breaker != CLOSED:
+            self._replace(name, breaker=CLOSED)
+
+    def record_fault(self, name: str, *, trial: bool = False, at_once: bool = False) -> None:
+        """Record that a request failed through a node's fault."""
+        node = self._nodes.get(name)
+        if node is not None:
+            now = breakers.failed(node.breaker, self._clock(), trial=trial, at_once=at_once)
+            self._replace(name, breaker=now)
+
     def lease(self, name: str, model_id: str) -> Lease:
         """Count a request at a node until the lease is released."""
-        lease = Lease(self, name, model_id)
+        node = self._nodes.get(name)
+        trial = False
+        if node is not None and node.breaker.state != "closed":
+            now_s = self._clock()
+            trial = node.breaker.admits(now_s)
+            if trial:
+                self._replace(name, breaker=breakers.tried(node.breaker, now_s))
+        lease = Lease(self, name, model_id, trial=trial)
         key = (name, model_id)
         self._leases[key] = self._leases.get(key, 0) + 1
         self._holders.add(lease)
         return lease
 
-    def end_lease(self, lease: Lease) -> None:
-        """Take a lease back; called once by the lease itself."""
+    def end_lease(self, lease: Lease, *, trial: bool) -> None:
+        """Take a lease back; called once by the lease itself.
+
+        Args:
+            trial: the node's breaker waits for the outcome, and nobody can tell it any more.
+        """
         self._holders.remove(lease)
         key = (lease.node, lease.model_id)
         left = self._leases[key] - 1
@@ -234,7 +367,42 @@ class Fleet:
             self._leases[key] = left
         else:
             del self._leases[key]
+        node = self._nodes.get(lease.node)
+        if node is not None and trial:
+            self._replace(lease.node, breaker=breakers.abandoned(node.breaker))
+
+    def _touch(self, name: str, model_id: str) -> None:
+        self._stamp += 1
+        self._touched[name, model_id] = self._stamp
+
+    def _forget(self, name: str) -> None:
+        self._waiting.discard(name)
+        for key in [key for key in self._touched if key[0] == name]:
+            del self._touched[key]
+
+    def _set_loads(self, name: str, loads: Iterable[ModelLoad]) -> None:
+        by_id = {load.id: load for load in loads}
+        foreign = {
+            load.id: max(
+                0, load.in_flight + load.queue_depth - self._leases.get((name, load.id), 0)
+            )
+            for load in by_id.values()
+        }
+        self._replace(name, loads=MappingProxyType(by_id), foreign=MappingProxyType(foreign))
 
     def _replace(self, name: str, **changes: object) -> None:
-        self._nodes[name] = replace(self._nodes[name], **changes)  # type: ignore[arg-type]
+        """Change a node's view, with what follows from the change and from the time."""
+        node = self._nodes.get(name)
+        if node is None:
+            return
+        node = replace(node, **changes) if changes else node  # type: ignore[arg-type]
+        now_s = self._clock()
+        healthy = node.liveness.usable(now_s)
+        admitting = node.breaker.admits(now_s)
+        retry_s = node.breaker.wait_s(now_s)
+        if (node.liveness.up and not healthy) or retry_s:
+            self._waiting.add(name)
+        else:
+            self._waiting.discard(name)
+        self._nodes[name] = replace(node, healthy=healthy, admitting=admitting, retry_s=retry_s)
         self._view = None

@@ -196,8 +196,8 @@ class Loads:
                 f"model '{model_id}' was not loaded on {node} within {limit_s:.0f} s",
                 retry_after_s=RETRY_AFTER_S,
             ) from exc
-        except UnreachableError as exc:
-            self._fleet.record_failure(node, exc.message)
+        except UnreachableError:
+            self._fleet.record_fault(node, at_once=True)
             self._failed(plan, "unloaded")
             raise
         except RemoteError as exc:

@@ -1,6 +1,6 @@
 """Prometheus metrics: counted once per request, gauges read from the fleet at every scrape."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from cortex.core.build import version
-from cortex.gateway.fleet import Fleet
+from cortex.gateway.fleet import Fleet, NodeView
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -25,6 +25,23 @@ _MODEL_GAUGES = (
     ("cortex_model_max_queue_depth", "Requests a model lets wait.", "max_queue_depth"),
     ("cortex_model_tok_s_prefill", "Measured prompt tokens per second.", "tok_s_prefill"),
     ("cortex_model_tok_s_decode", "Measured answer tokens per second.", "tok_s_decode"),
+)
+_NODE_GAUGES: tuple[tuple[str, str, Callable[[NodeView], bool]], ...] = (
+    (
+        "cortex_node_breaker_open",
+        "Whether requests are kept away from a node because they failed there.",
+        lambda node: node.breaker.state != "closed",
+    ),
+    (
+        "cortex_node_draining",
+        "Whether a node takes nothing new, by its own word or the operator's.",
+        lambda node: node.draining,
+    ),
+    (
+        "cortex_node_subscribed",
+        "Whether a node's events come in; otherwise it is polled.",
+        lambda node: node.subscribed,
+    ),
 )
 _DEVICE_GAUGES = (
     ("cortex_device_vram_used_mb", "Device memory in use, MiB.", "vram_used_mb"),
@@ -76,6 +93,9 @@ class Metrics:
         self._completion_tokens = self._counter("cortex_completion_tokens", "Answer tokens.")
         self._cached_tokens = self._counter(
             "cortex_cached_prompt_tokens", "Prompt tokens whose prefill was saved by a cache."
+        )
+        self._retries = self._counter(
+            "cortex_request_retries", "Requests that left a node that failed for another one."
         )
         self._spend = self._by_caller("cortex_spend_tokens", "Prompt and answer tokens.")
         self._spend_prompt = self._by_caller("cortex_spend_prompt_tokens", "Prompt tokens.")
@@ -139,6 +159,10 @@ class Metrics:
         """Count a load that a request made this gateway begin."""
         self._cold_starts.labels(model, node).inc()
 
+    def record_retry(self, model: str, node: str) -> None:
+        """Count a request that goes elsewhere, by the node that failed it."""
+        self._retries.labels(model, node).inc()
+
     def record_load(self, model: str, node: str, *, loaded: bool, load_s: float) -> None:
         """Count a load that has ended."""
         self._loads.labels(model, node, "loaded" if loaded else "failed").inc()
@@ -180,6 +204,11 @@ class _FleetCollector(Collector):
         for node in nodes:
             up.add_metric([node.name], float(node.healthy))
         yield up
+        for name, text, holds in _NODE_GAUGES:
+            family = GaugeMetricFamily(name, text, labels=("node",))
+            for node in nodes:
+                family.add_metric([node.name], float(holds(node)))
+            yield family
         healthy = [node for node in nodes if node.healthy]
         for name, text, attribute in _MODEL_GAUGES:
             family = GaugeMetricFamily(name, text, labels=("node", "model"))

@@ -9,12 +9,18 @@ import asyncio
 import io
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from errno import ECONNREFUSED
 from typing import TypeVar
 
 import aiohttp
 import msgspec
 
-from cortex.core.errors import CortexError, UpstreamConnectionError, UpstreamMalformedError
+from cortex.core.errors import (
+    CortexError,
+    FleetSecretError,
+    UpstreamConnectionError,
+    UpstreamMalformedError,
+)
 from cortex.core.neuron_api import (
     Discovery,
     LoadRequest,
@@ -23,6 +29,7 @@ from cortex.core.neuron_api import (
     NeuronHealth,
 )
 from cortex.core.openai import parse_error
+from cortex.core.trust import Trust, client_context
 
 READ_BUFFER_BYTES = 1 << 18
 MAX_CONTROL_BODY_BYTES = 16 << 20
@@ -32,6 +39,8 @@ ERROR_BODY_S = 5.0
 MAX_BODY_AT_ONCE_BYTES = 1 << 20
 # How long a connection that nobody uses stays open; below the 75 s of the neuron's own server.
 IDLE_CONNECTION_S = 30.0
+
+OPEN_FLEET = Trust()
 
 _JSON = {"content-type": "application/json"}
 
@@ -46,6 +55,10 @@ _encoder = msgspec.json.Encoder()
 
 class UnreachableError(UpstreamConnectionError):
     """No connection came about, so the node has seen nothing of the request."""
+
+
+class RefusedError(UnreachableError):
+    """The host is there, and nobody listens at the address."""
 
 
 class Reply:
@@ -98,7 +111,13 @@ class Reply:
         except (TimeoutError, CortexError):
             # What matters is the status; the words are a courtesy.
             pass
-        return parse_error(self.status, body, retry_after_s=_seconds(self.header("retry-after")))
+        error = parse_error(self.status, body, retry_after_s=_seconds(self.header("retry-after")))
+        if self.status == FleetSecretError.status:
+            # It concerns this gateway and not its caller, who may even try another node.
+            return UpstreamConnectionError(
+                f"node {self.node} refuses this gateway: {error.message}"
+            )
+        return error
 
     def close(self) -> None:
         """Let go of the answer; one that has not ended takes its connection with it."""
@@ -110,6 +129,12 @@ class NeuronClient:
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
+
+    def show_secret(self, secret: str | None) -> None:
+        """Send the fleet secret with every request from now on, or none."""
+        self._session.headers.pop("authorization", None)
+        if secret is not None:
+            self._session.headers["authorization"] = f"Bearer {secret}"
 
     async def discovery(self, node: str, endpoint: str) -> Discovery:
         """`GET /discovery`."""
@@ -161,12 +186,32 @@ class NeuronClient:
             raise _broken(node, exc) from exc
         return Reply(node, response)
 
-    async def _get(self, node: str, endpoint: str, path: str) -> bytes:
+    async def events(self, node: str, endpoint: str, last_id: str) -> Reply:
+        """`GET /events` from the event after `last_id` (empty: from a snapshot on).
+
+        Raises:
+            CortexError: it was refused, or the connection broke before the answer began.
+        """
+        headers = {"last-event-id": last_id} if last_id else {}
+        reply = await self._begin_get(node, endpoint, "/events", headers)
+        if reply.status != 200:
+            try:
+                raise await reply.error()
+            finally:
+                reply.close()
+        return reply
+
+    async def _begin_get(
+        self, node: str, endpoint: str, path: str, headers: Mapping[str, str] | None = None
+    ) -> Reply:
         try:
-            response = await self._session.get(endpoint + path)
+            response = await self._session.get(endpoint + path, headers=headers)
         except (aiohttp.ClientError, OSError, TimeoutError) as exc:
             raise _broken(node, exc) from exc
-        reply = Reply(node, response)
+        return Reply(node, response)
+
+    async def _get(self, node: str, endpoint: str, path: str) -> bytes:
+        reply = await self._begin_get(node, endpoint, path)
         try:
             if reply.status != 200:
                 raise await reply.error()
@@ -176,9 +221,17 @@ class NeuronClient:
 
 
 @asynccontextmanager
-async def open_client(connect_s: float) -> AsyncIterator[NeuronClient]:
-    """Open the connection pool; `connect_s` bounds each connect, nothing bounds an answer."""
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S)
+async def open_client(connect_s: float, trust: Trust = OPEN_FLEET) -> AsyncIterator[NeuronClient]:
+    """Open the connection pool; `connect_s` bounds each connect, nothing bounds an answer.
+
+    Raises:
+        ConfigError: a certificate of `trust` cannot be used.
+    """
+    connector = aiohttp.TCPConnector(
+        limit=0,
+        keepalive_timeout=IDLE_CONNECTION_S,
+        ssl=client_context(trust, "cortex.toml") or True,
+    )
     async with aiohttp.ClientSession(
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -187,12 +240,16 @@ async def open_client(connect_s: float) -> AsyncIterator[NeuronClient]:
         headers={"accept-encoding": "identity"},
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s, sock_read=None),
     ) as session:
-        yield NeuronClient(session)
+        client = NeuronClient(session)
+        client.show_secret(trust.fleet_secret)
+        yield client
 
 
 def _broken(node: str, exc: BaseException) -> UpstreamConnectionError:
     if isinstance(exc, aiohttp.ServerTimeoutError):
         return UnreachableError(f"node {node} cannot be reached: no connection in time")
+    if isinstance(exc, aiohttp.ClientConnectorError) and exc.os_error.errno == ECONNREFUSED:
+        return RefusedError(f"node {node} cannot be reached: nobody listens at its endpoint")
     if isinstance(exc, aiohttp.ClientConnectorError):
         return UnreachableError(f"node {node} cannot be reached: {exc.os_error.strerror or exc}")
     reason = str(exc) or type(exc).__name__

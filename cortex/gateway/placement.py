@@ -237,8 +237,11 @@ def resident(
     entry = catalogue.find(info.id)
     # A model on its way in has somebody waiting for it, one on its way out needs no eviction.
     is_moving = node.status(info.id) in _MOVING
-    # The neuron's own count is the truth but for what has just left this gateway.
-    requests = max(info.in_flight, snapshot.leases.get((node.name, info.id), 0))
+    # The counters know whose requests they count, so that ours are not held against a model for
+    # longer than they last; the listing's own figure is older.
+    requests = snapshot.requests(node, info.id)
+    if info.id not in node.loads:
+        requests = max(info.in_flight, requests)
     return Candidate(
         id=info.id,
         memory_bytes=_held_bytes(info, entry),

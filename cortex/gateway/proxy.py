@@ -12,12 +12,17 @@ from dataclasses import dataclass
 
 import msgspec
 
-from cortex.core.errors import CortexError, UpstreamConnectionError, UpstreamMalformedError
-from cortex.core.openai import Usage, parse_error, read_usage_comment
+from cortex.core.errors import (
+    CortexError,
+    RemoteError,
+    UpstreamConnectionError,
+    UpstreamMalformedError,
+)
+from cortex.core.openai import NO_ENVELOPE, Usage, parse_error, read_usage_comment
 from cortex.gateway.fleet import Fleet, Lease
 from cortex.gateway.live import Live
 from cortex.gateway.metrics import RequestTiming
-from cortex.gateway.neuron_client import NeuronClient, Reply
+from cortex.gateway.neuron_client import NeuronClient, Reply, UnreachableError
 from cortex.gateway.router import Serve
 
 MAX_ANSWER_BYTES = 64 << 20
@@ -25,6 +30,9 @@ MAX_TAIL_CHUNKS = 8
 MAX_TAIL_BYTES = 1 << 16
 # Enough of the chunk before to recognise a first token that two chunks share.
 OVERLAP_BYTES = 64
+# A stream from a node that counts as down goes on as long as it is never silent for this long:
+# its own bytes are better proof than what was missed elsewhere.
+LOST_GRACE_S = 3.0
 
 _CONTENT = re.compile(
     rb'"(?:content|reasoning_content|reasoning)":\s*"[^"]|"tool_calls":\s*\[\s*\{'
@@ -166,13 +174,27 @@ def _usage_in(tail: bytes) -> Usage | None:
 
 
 class Exchange:
-    """An answer that is being streamed; made by `Proxy.open`, to be closed by its user."""
+    """An answer that is being streamed; made by `Proxy.open`, to be closed by its user.
 
-    def __init__(self, lease: Lease, reply: Reply, limits: Limits, meter: StreamMeter) -> None:
+    Args:
+        lost_grace_s: how long it may be silent once its node counts as down.
+    """
+
+    def __init__(
+        self,
+        lease: Lease,
+        reply: Reply,
+        limits: Limits,
+        meter: StreamMeter,
+        *,
+        lost_grace_s: float = LOST_GRACE_S,
+    ) -> None:
         self._lease = lease
         self._reply = reply
         self._limits = limits
         self._meter = meter
+        self._lost_grace_s = lost_grace_s
+        self._watch: asyncio.Timeout | None = None
         self._closed = False
         self.first = b""
 
@@ -198,6 +220,8 @@ class Exchange:
             raise parse_error(_STATUS_OF_CODE.get(code, UpstreamConnectionError.status), data)
         self._meter.feed(received)
         self.first = received
+        self._lease.succeeded()
+        self._lease.on_node_lost(self._node_lost)
 
     async def next_chunk(self) -> bytes:
         """Return what came next, nothing at the stream's proper end.
@@ -207,20 +231,41 @@ class Exchange:
         """
         limits = self._limits
         limit_s = limits.stall_s if self._meter.has_content else limits.first_token_s
+        left_s = max(0.0, limit_s - self._meter.silent_s)
         try:
-            async with asyncio.timeout(max(0.0, limit_s - self._meter.silent_s)):
+            async with asyncio.timeout(self._bounded(left_s)) as self._watch:
                 chunk = await self._reply.read_chunk()
+            self._watch = None
         except TimeoutError as exc:
+            self._lease.failed()
+            if self._lease.lost and self._meter.silent_s < limit_s:
+                raise UpstreamConnectionError(
+                    f"node {self._reply.node} became unreachable in the middle of the answer"
+                ) from exc
             raise UpstreamConnectionError(
                 f"node {self._reply.node} sent no token for {limit_s:g} s"
             ) from exc
+        except UpstreamConnectionError:
+            self._lease.failed()
+            raise
         if chunk:
             self._meter.feed(chunk)
         elif not self._meter.has_ended:
+            self._lease.failed()
             raise UpstreamConnectionError(
                 f"node {self._reply.node} broke off in the middle of the answer"
             )
         return chunk
+
+    def _bounded(self, limit_s: float) -> float:
+        return min(limit_s, self._lost_grace_s) if self._lease.lost else limit_s
+
+    def _node_lost(self) -> None:
+        if self._watch is not None:
+            until_s = asyncio.get_running_loop().time() + self._lost_grace_s
+            due_s = self._watch.when()
+            assert due_s is not None
+            self._watch.reschedule(min(due_s, until_s))
 
     def close(self) -> None:
         """Let the node's connection and the lease go, and settle the meter; once."""
@@ -253,7 +298,8 @@ class Proxy:
         lease = self._fleet.lease(serve.node, serve.model_id)
         reply: Reply | None = None
         try:
-            async with asyncio.timeout(limits.first_token_s):
+            async with asyncio.timeout(limits.first_token_s) as watch:
+                lease.on_node_lost(lambda: watch.reschedule(0))
                 reply = await self._post(serve, path, body, headers)
                 if not (reply.header("content-type") or "").startswith("text/event-stream"):
                     raise UpstreamMalformedError(
@@ -262,11 +308,15 @@ class Proxy:
                 exchange = Exchange(lease, reply, limits, meter)
                 await exchange.read_first()
         except TimeoutError as exc:
+            lease.failed()
             _abandon(lease, reply)
+            if lease.lost:
+                raise _lost(serve.node) from exc
             raise UpstreamConnectionError(
                 f"node {serve.node} produced no token within {limits.first_token_s:g} s"
             ) from exc
-        except BaseException:
+        except BaseException as exc:
+            _tell(lease, exc)
             _abandon(lease, reply)
             raise
         return exchange
@@ -285,11 +335,15 @@ class Proxy:
             async with asyncio.timeout(None) as watch:
                 lease.on_node_lost(lambda: watch.reschedule(0))
                 reply = await self._post(serve, path, body, headers)
-                return await reply.read_all(MAX_ANSWER_BYTES)
+                answer = await reply.read_all(MAX_ANSWER_BYTES)
+                lease.succeeded()
+                return answer
         except TimeoutError as exc:
-            raise UpstreamConnectionError(
-                f"node {serve.node} became unreachable while it worked on the request"
-            ) from exc
+            lease.failed()
+            raise _lost(serve.node) from exc
+        except CortexError as exc:
+            _tell(lease, exc)
+            raise
         finally:
             _abandon(lease, reply)
 
@@ -304,6 +358,21 @@ class Proxy:
         finally:
             reply.close()
         raise error
+
+
+def _lost(node: str) -> UpstreamConnectionError:
+    return UpstreamConnectionError(f"node {node} became unreachable while it worked on the request")
+
+
+def _tell(lease: Lease, exc: BaseException) -> None:
+    """Tell the node's breaker how a request went that ended in `exc`."""
+    if isinstance(exc, UnreachableError):
+        lease.failed(at_once=True)
+    elif isinstance(exc, RemoteError) and exc.code != NO_ENVELOPE:
+        # It refused in its own words: the node works, whatever it thinks of the request.
+        lease.succeeded()
+    elif isinstance(exc, CortexError):
+        lease.failed()
 
 
 def _abandon(lease: Lease, reply: Reply | None) -> None:

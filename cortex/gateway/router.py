@@ -339,9 +339,14 @@ def _refusal(
     snapshot: FleetSnapshot, catalogue: Catalogue, name: str, models: tuple[str, ...]
 ) -> CortexError:
     if not any(node.usable for node in snapshot.nodes):
-        what = "every node is down or draining" if snapshot.nodes else "no neuron is configured"
+        what = "every node is down, draining or failing"
+        if not snapshot.nodes:
+            what = "no neuron is configured"
+        # Those that only fail are tried again when their breakers let a request through.
+        waits = [node.retry_s for node in snapshot.nodes if node.healthy and node.retry_s]
         return ServiceUnavailableError(
-            f"no healthy node for model '{name}': {what}", retry_after_s=NO_NODES_RETRY_S
+            f"no healthy node for model '{name}': {what}",
+            retry_after_s=min(waits, default=NO_NODES_RETRY_S),
         )
     if not any(catalogue.find(each) is not None or snapshot.lists(each) for each in models):
         return ModelNotFoundError(

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cortex.core.openai import ModelCard, ModelList
-from cortex.gateway.views import HealthReport
+from cortex.gateway.views import HealthReport, NodeReport
 
 TIMEOUT_S = 10.0
 MAX_BODY_BYTES = 16 << 20
@@ -55,7 +55,7 @@ class StatusReport:
         return [
             (
                 node.name,
-                _node_state(node.healthy, node.draining, node.error),
+                _node_state(node),
                 str(node.in_flight),
                 str(node.queue_depth),
                 ", ".join(f"{each.id} ({each.state})" for each in node.models) or "-",
@@ -168,9 +168,9 @@ def _words(exc: Exception) -> str:
     return str(exc) if isinstance(exc, _StatusError) else f"not a gateway's answer: {exc}"
 
 
-def _node_state(healthy: bool, draining: bool, error: str | None) -> str:
-    if draining:
+def _node_state(node: NodeReport) -> str:
+    if not node.healthy:
+        return f"down: {node.error}" if node.error else "down"
+    if node.draining:
         return "draining"
-    if healthy:
-        return "healthy"
-    return f"down: {error}" if error else "down"
+    return "healthy" if node.breaker == "closed" else "failing"

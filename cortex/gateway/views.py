@@ -8,6 +8,7 @@ import msgspec
 from cortex.core.catalogue import Catalogue, CatalogueModel
 from cortex.core.neuron_api import Limit, LoadProgress, ModelInfo
 from cortex.core.openai import ModelCard, ModelLocation
+from cortex.gateway.breaker import State as BreakerState
 from cortex.gateway.fleet import FleetSnapshot, NodeView
 from cortex.gateway.roster import available, feasible_nodes, primary
 
@@ -49,12 +50,20 @@ class ModelState(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class NodeReport(msgspec.Struct, kw_only=True, frozen=True):
-    """One node; the counts are sums over its models, as last reported."""
+    """One node; the counts are sums over its models, as last reported.
+
+    Attributes:
+        draining: it takes nothing new, by its own word or the operator's.
+        subscribed: its events come in; otherwise it is polled.
+        breaker: `open` keeps requests away from it, `half_open` lets one through as a trial.
+    """
 
     name: str
     endpoint: str
     healthy: bool
     draining: bool = False
+    subscribed: bool = False
+    breaker: BreakerState = "closed"
     error: str | None = None
     in_flight: int = 0
     queue_depth: int = 0
@@ -118,7 +127,9 @@ def _node_report(node: NodeView) -> NodeReport:
         name=node.name,
         endpoint=node.endpoint,
         healthy=node.healthy,
-        draining=node.healthy and not node.usable,
+        draining=node.draining,
+        subscribed=node.subscribed,
+        breaker=node.breaker.state,
         error=node.failure,
         in_flight=sum(state.in_flight for state in states),
         queue_depth=sum(state.queue_depth for state in states),

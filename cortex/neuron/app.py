@@ -21,6 +21,7 @@ from cortex.neuron.activation import Activator
 from cortex.neuron.chat.model import ChatModel, load_chat_model
 from cortex.neuron.discovery import Monitor, NvmlProbe, Probe
 from cortex.neuron.events import EventHub
+from cortex.neuron.guard import FleetGuard
 from cortex.neuron.handlers import Handlers
 from cortex.neuron.hub import Hub
 from cortex.neuron.inference import Inference
@@ -124,7 +125,7 @@ async def open_app(
                 tasks.create_task(_keep_publishing(events), name="events"),
             ]
             try:
-                yield handlers.app()
+                yield _guarded(handlers.app(), config.fleet_secret, views)
             finally:
                 for task in background:
                     task.cancel()
@@ -136,6 +137,12 @@ async def open_app(
         reader.shutdown(wait=False, cancel_futures=True)
         if scratch is not None:
             scratch.close()
+
+
+def _guarded(app: ASGIApp, secret: str | None, views: Views) -> ASGIApp:
+    if secret is None:
+        return app
+    return FleetGuard(app, secret, status=lambda: views.health().status)
 
 
 def _open_chat(entry: Entry, *, cache_dir: Path, default_max_tokens: int) -> ChatModel:

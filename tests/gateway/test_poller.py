@@ -1,7 +1,6 @@
 """Polling real sockets: nodes appear, change, vanish and come back."""
 
-import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -9,16 +8,18 @@ import pytest
 from cortex.core.errors import UpstreamConnectionError, UpstreamMalformedError
 from cortex.gateway.fleet import Fleet, NodeView
 from cortex.gateway.neuron_client import UnreachableError, open_client
-from cortex.gateway.poller import Poller
+from cortex.gateway.poller import poll
 from tests.support.mock_neuron import MockModel, MockNeuron
 
 
 @asynccontextmanager
-async def polling(neuron: MockNeuron) -> AsyncIterator[tuple[Fleet, Poller]]:
-    """A poller of one node `a`, its loop not running."""
+async def polling(
+    neuron: MockNeuron,
+) -> AsyncIterator[tuple[Fleet, Callable[[], Awaitable[bool]]]]:
+    """A fleet of one node `a`, and what polls it once."""
     fleet = Fleet([("a", neuron.endpoint)])
     async with open_client(1.0) as client:
-        yield fleet, Poller(client, fleet, poll_s=60, timeout_s=0.2)
+        yield fleet, lambda: poll(client, fleet, "a", timeout_s=0.2)
 
 
 def node(fleet: Fleet) -> NodeView:
@@ -29,8 +30,8 @@ def node(fleet: Fleet) -> NodeView:
 
 async def test_the_first_poll_discovers_devices_and_models() -> None:
     async with MockNeuron(MockModel("m", "loaded"), MockModel("n")) as neuron:
-        async with polling(neuron) as (fleet, poller):
-            await poller.poll("a")
+        async with polling(neuron) as (fleet, ask):
+            await ask()
             view = node(fleet)
             assert view.healthy
             assert {name: view.status(name) for name in view.models} == {
@@ -43,61 +44,59 @@ async def test_the_first_poll_discovers_devices_and_models() -> None:
 
 async def test_a_model_that_is_no_longer_reported_vanishes() -> None:
     async with MockNeuron(MockModel("m", "loaded"), MockModel("n")) as neuron:
-        async with polling(neuron) as (fleet, poller):
-            await poller.poll("a")
+        async with polling(neuron) as (fleet, ask):
+            await ask()
             del neuron.models["n"]
-            await poller.poll("a")
+            await ask()
             assert list(node(fleet).models) == ["m"]
 
 
 @pytest.mark.parametrize("fault", ["hang", "malformed", "error"])
 async def test_three_bad_answers_make_a_node_unhealthy_and_one_good_one_healthy(fault: str) -> None:
     async with MockNeuron(MockModel("m", "loaded")) as neuron:
-        async with polling(neuron) as (fleet, poller):
-            await poller.poll("a")
+        async with polling(neuron) as (fleet, ask):
+            await ask()
             neuron.control_fault = fault  # type: ignore[assignment]
             seen = []
             for _ in range(3):
-                await poller.poll("a")
+                await ask()
                 seen.append(node(fleet).healthy)
             assert seen == [True, True, False]
             neuron.control_fault = None
-            await poller.poll("a")
+            await ask()
             assert node(fleet).healthy
+
+
+async def test_a_node_that_refuses_connections_is_unhealthy_at_once() -> None:
+    async with MockNeuron(MockModel("m", "loaded")) as neuron:
+        async with polling(neuron) as (fleet, ask):
+            await ask()
+            await neuron.stop()
+            assert not await ask()
+            assert not node(fleet).healthy
+            await neuron.start()
+            assert await ask()
+            assert node(fleet).healthy
+
+
+async def test_a_node_whose_events_come_in_is_not_lost_by_a_refused_connection() -> None:
+    async with MockNeuron(MockModel("m", "loaded")) as neuron:
+        async with polling(neuron) as (fleet, ask):
+            await ask()
+            fleet.record_subscribed("a", True)
+            await neuron.stop()
+            await ask()
+            assert (node(fleet).healthy, node(fleet).failures) == (True, 1)
 
 
 async def test_an_unreachable_node_never_becomes_healthy_and_says_why() -> None:
     neuron = MockNeuron()
     await neuron.start()
     await neuron.stop()
-    async with polling(neuron) as (fleet, poller):
-        await poller.poll("a")
+    async with polling(neuron) as (fleet, ask):
+        await ask()
         assert not node(fleet).healthy
         assert "node a cannot be reached" in (node(fleet).failure or "")
-
-
-async def test_the_loop_polls_at_once_when_poked() -> None:
-    async with MockNeuron(MockModel("m")) as neuron, polling(neuron) as (fleet, poller):
-        async with asyncio.TaskGroup() as tasks:
-            loop = tasks.create_task(poller.run())
-            await poller.first_round()
-            assert node(fleet).healthy
-            before = neuron.polls
-            poller.poke("a")
-            await neuron.until(lambda: neuron.polls == before + 1)
-            loop.cancel()
-
-
-async def test_a_hanging_node_does_not_hold_up_the_others() -> None:
-    async with MockNeuron() as slow, MockNeuron(MockModel("m")) as quick:
-        slow.control_fault = "hang"
-        fleet = Fleet([("a", slow.endpoint), ("b", quick.endpoint)])
-        async with open_client(1.0) as client, asyncio.TaskGroup() as tasks:
-            poller = Poller(client, fleet, poll_s=0.01, timeout_s=60)
-            loop = tasks.create_task(poller.run())
-            await quick.until(lambda: quick.polls >= 3)
-            assert [each.healthy for each in fleet.snapshot().nodes] == [False, True]
-            loop.cancel()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from cortex.core.catalogue import Catalogue
 from cortex.core.config import Eviction, GatewayConfig, GatewayListen, NeuronAddress
 from cortex.core.entitlements import ApiKey, Entitlements
 from cortex.core.serve import Listener, serve
+from cortex.core.trust import Trust
 from cortex.gateway.app import GatewayApps, open_apps
+from cortex.gateway.neuron_client import OPEN_FLEET
 
 
 @dataclass
@@ -76,6 +78,7 @@ async def run_gateway(
     strategy: Any = "lru",
     clock: Callable[[], float] = time.monotonic,
     eviction: Mapping[str, Any] | None = None,
+    trust: Trust = OPEN_FLEET,
     **settings: Any,
 ) -> AsyncIterator[RunningGateway]:
     """Serve a gateway over nodes (name: endpoint); `settings` are those of `[gateway]`.
@@ -92,6 +95,7 @@ async def run_gateway(
         or Entitlements(
             require_auth=bool(keys), keys=[ApiKey(key=key, account_id="test") for key in keys]
         ),
+        **msgspec.structs.asdict(trust),
     )
     shutdown = asyncio.Event()
     bound: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()

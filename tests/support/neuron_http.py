@@ -12,11 +12,14 @@ import msgspec
 
 from cortex.core.config import Admission, DefaultModel, Harnesses, NeuronConfig, TorchHarness
 from cortex.core.serve import Listener, serve
+from cortex.core.trust import Trust
 from cortex.neuron.app import open_app
 from cortex.neuron.library import BUNDLED_DIR
 from cortex.neuron.scope import task_scope
 from tests.support.fake_engine import COMMAND
 from tests.support.neuron_fakes import FakeProbe
+
+OPEN = Trust()
 
 
 def add_chat_model(model_dir: Path, name: str) -> Path:
@@ -112,6 +115,7 @@ async def neuron(
     default_models: Sequence[DefaultModel] = (),
     max_body_mb: int = 64,
     drain_s: float = 10.0,
+    trust: Trust = OPEN,
     **torch: Any,
 ) -> AsyncIterator[Api]:
     """Run a neuron over `tmp_path/models` on a free port."""
@@ -130,6 +134,7 @@ async def neuron(
         harness=Harnesses(torch=harness),
         default_models=list(default_models),
         max_body_mb=max_body_mb,
+        **msgspec.structs.asdict(trust),
     )
     shutdown = asyncio.Event()
     bound: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
@@ -137,13 +142,14 @@ async def neuron(
         open_app(config, engine_command=engine_command, probe=probe or FakeProbe()) as app,
         task_scope() as tasks,
     ):
-        listener = Listener(app=app, host="127.0.0.1", port=0, name="neuron")
+        listener = Listener(app=app, host="127.0.0.1", port=0, name="neuron", tls=trust)
         tasks.create_task(
             serve([listener], shutdown=shutdown, drain_s=1.0, on_bound=bound.set_result)
         )
         port = (await bound)[0]
         try:
             async with aiohttp.ClientSession() as session:
-                yield Api(session, f"http://127.0.0.1:{port}", model_dir, shutdown)
+                scheme = "http" if trust.tls_cert is None else "https"
+                yield Api(session, f"{scheme}://127.0.0.1:{port}", model_dir, shutdown)
         finally:
             shutdown.set()

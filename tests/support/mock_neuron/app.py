@@ -29,6 +29,7 @@ from cortex.core.openai import (
 )
 from tests.support.mock_neuron import answers
 from tests.support.mock_neuron.engine import EngineDied, QueueFull
+from tests.support.mock_neuron.events import EventFeed
 from tests.support.mock_neuron.faults import FaultCommand
 from tests.support.mock_neuron.node import Node, RefusedError
 from tests.support.mock_neuron.script import MockModel, Seen
@@ -45,13 +46,21 @@ class MockNeuron(Node):
     Attributes:
         polls: how often `/models` was asked for.
         cancelled: requests whose caller left.
+        feed: its events; `/events` is there only where `events` says so.
         control_fault: what `/discovery`, `/health` and `/models` do instead of answering.
     """
 
     def __init__(
-        self, *models: MockModel, host: str = "127.0.0.1", port: int = 0, **node: Any
+        self,
+        *models: MockModel,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        events: bool = False,
+        **node: Any,
     ) -> None:
         super().__init__(*models, **node)
+        self.feed = EventFeed(self)
+        self.events = events
         self.host = host
         self.port = port
         self.polls = 0
@@ -92,6 +101,8 @@ class MockNeuron(Node):
                 web.get("/mock/stats", self._stats),
             ]
         )
+        if self.events:
+            app.router.add_get("/events", self.feed.serve)
         self._runner = web.AppRunner(
             app, handler_cancellation=True, access_log=None, shutdown_timeout=0.01
         )
