@@ -22,6 +22,8 @@ from cortex.gateway.metrics import Metrics
 from cortex.gateway.neuron_client import open_client
 from cortex.gateway.proxy import Proxy
 from cortex.gateway.rates import RateBook
+from cortex.gateway.routing import Routing
+from cortex.gateway.steward import Steward
 from cortex.gateway.watch import Watch
 
 
@@ -33,6 +35,7 @@ class GatewayApps:
     metrics: ASGIApp
     fleet: Fleet
     loads: Loads
+    routing: Routing
 
 
 @asynccontextmanager
@@ -52,7 +55,7 @@ async def open_apps(
     gatekeeper = Gatekeeper(config.entitlements)
     live.on_change(lambda: gatekeeper.reload(live.config.entitlements))
     failure: Exception | None = None
-    rates = RateBook()
+    routing = Routing(live, fleet, RateBook(), clock=clock)
     async with open_client(settings.connect_s, config) as client, asyncio.TaskGroup() as tasks:
         live.on_change(lambda: client.show_secret(live.config.fleet_secret))
         watch = Watch(client, fleet, live, tasks=tasks, clock=clock)
@@ -63,17 +66,20 @@ async def open_apps(
             fleet,
             metrics,
             live,
-            rates=rates,
+            rates=routing.rates,
             poke=watch.poke,
             tasks=tasks,
             clock=clock,
         )
+        steward = Steward({"prefixes": routing.refresh}, lambda: live.settings.poll_s)
+        stewarding = tasks.create_task(steward.run(), name="steward")
         handlers = Handlers(
             live=live,
             fleet=fleet,
             dispatcher=Dispatcher(
                 live=live,
                 fleet=fleet,
+                routing=routing,
                 loads=loads,
                 proxy=Proxy(client, fleet, live),
                 client=client,
@@ -89,11 +95,13 @@ async def open_apps(
                 metrics=MetricsGuard(build_app(metrics_routes(metrics)), gatekeeper),
                 fleet=fleet,
                 loads=loads,
+                routing=routing,
             )
         except Exception as exc:  # noqa: BLE001  carried out of the task group unwrapped
             failure = exc
         finally:
             loads.cancel()
+            stewarding.cancel()
             watch.cancel()
     if failure is not None:
         raise failure

@@ -27,7 +27,8 @@ from cortex.gateway.metrics import Metrics, RequestTiming
 from cortex.gateway.neuron_client import NeuronClient, UnreachableError
 from cortex.gateway.proxy import Exchange, Proxy, StreamMeter, note_usage, usage_of
 from cortex.gateway.roster import nodes_listing, primary
-from cortex.gateway.router import ColdLoad, Refuse, Serve, choose_route
+from cortex.gateway.router import ColdLoad, Refuse, Serve
+from cortex.gateway.routing import Leg, Routing, Trip
 
 # Choices of a node and joined loads together, so that a fleet that thrashes ends a request.
 MAX_ROUTES = 8
@@ -60,6 +61,7 @@ class Ask:
         body: OpenAI-dialect JSON; its bytes are forwarded, but for `model` behind an alias.
         headers: those that the node is to see.
         caller: whom it is counted for.
+        session: names the conversation it belongs to, where the caller says so.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Ask:
     body: bytes
     headers: Mapping[str, str] = field(default_factory=dict)
     caller: Caller = ANONYMOUS
+    session: str = ""
 
 
 class Translator(Protocol):
@@ -91,6 +94,21 @@ class _Journey:
         self.is_checked = False
         self.routes = 0
         self.retries = 0
+        self.trip = Trip(ask.name, ask.body, ask.session)
+        self.leg: Leg | None = None
+        # A choice that was made to see whether there is anything to wait for.
+        self.ready: Serve | None = None
+
+    def first_token(self) -> None:
+        """Pass on that the first content token has gone by."""
+        if self.leg is not None:
+            self.leg.first_token()
+
+    def end_leg(self, timing: RequestTiming | None) -> None:
+        """End the try in hand, if there is one."""
+        if self.leg is not None:
+            self.leg.end(timing)
+            self.leg = None
 
     def body_for(self, model_id: str) -> bytes:
         """Return the body with the node's own name of the model."""
@@ -121,6 +139,7 @@ class Dispatcher:
         *,
         live: Live,
         fleet: Fleet,
+        routing: Routing,
         loads: Loads,
         proxy: Proxy,
         client: NeuronClient,
@@ -130,6 +149,7 @@ class Dispatcher:
     ) -> None:
         self._live = live
         self._fleet = fleet
+        self._routing = routing
         self._loads = loads
         self._proxy = proxy
         self._client = client
@@ -148,7 +168,9 @@ class Dispatcher:
             CortexError: before the first byte as for `whole`; afterwards when the stream breaks.
         """
         journey = self._begin(ask)
-        meter = StreamMeter(journey.timing, journey.arrival_s, self._clock)
+        meter = StreamMeter(
+            journey.timing, journey.arrival_s, self._clock, on_content=journey.first_token
+        )
         exchange: Exchange | None = None
         try:
             if not await self._is_warm(journey):
@@ -221,7 +243,7 @@ class Dispatcher:
                 error = exc
         if error is not None:
             raise error
-        route = choose_route(self._fleet.snapshot(), self._live.catalogue, ask.name)
+        route = self._routing.choose(Trip(ask.name, ask.body))
         if isinstance(route, Refuse):
             raise route.error
         raise ServiceUnavailableError(
@@ -242,12 +264,14 @@ class Dispatcher:
 
     def _finish(self, journey: _Journey) -> None:
         journey.timing.duration_s = self._clock() - journey.arrival_s
+        journey.end_leg(journey.timing)
         self._metrics.record(journey.timing)
 
     async def _is_warm(self, journey: _Journey) -> bool:
         """Whether the request can go on at once, after a short wait for a load to get ready."""
         route = self._route(journey)
         if isinstance(route, Serve):
+            journey.ready = route
             return True
         try:
             async with asyncio.timeout(FIRST_BYTE_S):
@@ -258,11 +282,11 @@ class Dispatcher:
 
     async def _open(self, journey: _Journey, meter: StreamMeter) -> Exchange:
         while True:
-            route = self._route(journey)
+            route, journey.ready = journey.ready or self._route(journey), None
             if isinstance(route, ColdLoad):
                 await self._loads.ensure_loaded(route)
                 continue
-            journey.timing.node = route.node
+            self._begin_leg(journey, route)
             try:
                 return await self._proxy.open(
                     route,
@@ -280,7 +304,7 @@ class Dispatcher:
             if isinstance(route, ColdLoad):
                 await self._wait_for_load(route)
                 continue
-            journey.timing.node = route.node
+            self._begin_leg(journey, route)
             try:
                 return await self._proxy.call(
                     route,
@@ -298,13 +322,7 @@ class Dispatcher:
             CortexError: nowhere is left; the error of the last try, if there was one.
         """
         journey.routes += 1
-        route = choose_route(
-            self._fleet.snapshot(),
-            self._live.catalogue,
-            journey.ask.name,
-            avoid=journey.avoid,
-            policy=self._live.config.eviction,
-        )
+        route = self._routing.choose(journey.trip, journey.avoid)
         if isinstance(route, Refuse):
             raise journey.error or route.error
         if isinstance(route, Serve) and route.spread is not None:
@@ -324,6 +342,11 @@ class Dispatcher:
             )
         return route
 
+    def _begin_leg(self, journey: _Journey, serve: Serve) -> None:
+        journey.timing.node = serve.node
+        journey.timing.model = serve.model_id
+        journey.leg = self._routing.begin(journey.trip, serve)
+
     async def _wait_for_load(self, cold: ColdLoad) -> None:
         try:
             async with asyncio.timeout(self._live.settings.cold_wait_s):
@@ -333,6 +356,7 @@ class Dispatcher:
 
     def _again_or_raise(self, journey: _Journey, serve: Serve, exc: CortexError) -> None:
         """Note a failed try; raise where another one is pointless."""
+        journey.end_leg(None)
         if isinstance(exc, RemoteError) and exc.code in _GONE:
             # It was there at the last reading; now it has to be loaded again, here or elsewhere.
             self._fleet.record_status(serve.node, serve.model_id, "unloaded")

@@ -32,6 +32,8 @@ CHAT_PATH = "/v1/chat/completions"
 TOKENIZE_PATH = "/v1/tokenize"
 # What a node may want to know of the caller; keys stay here.
 FORWARDED_HEADERS = ("x-request-id", "x-session-affinity")
+# How clients name a conversation, so that it goes where its last turn is cached.
+SESSION_HEADERS = ("x-claude-code-session-id", "x-session-affinity", "x-session-id")
 
 _T = TypeVar("_T")
 
@@ -143,6 +145,7 @@ class Handlers:
             body=body,
             headers=_forwarded(request),
             caller=caller,
+            session=_session(request),
         )
         if head.stream:
             return EventStream(
@@ -167,6 +170,7 @@ class Handlers:
             body=_encoder.encode(chat),
             headers=_forwarded(request),
             caller=caller,
+            session=_session(request),
         )
         if message.stream:
             translator = StreamTranslator(message.model)
@@ -223,6 +227,11 @@ def metrics_routes(metrics: Metrics) -> list[Route]:
         return Response(metrics.render(), headers={"content-type": CONTENT_TYPE})
 
     return [Route("/metrics", render, methods=["GET"])]
+
+
+def _session(request: Request) -> str:
+    named = (request.headers.get(name) for name in SESSION_HEADERS)
+    return next((each for each in named if each), "")
 
 
 def _forwarded(request: Request) -> dict[str, str]:

@@ -77,12 +77,20 @@ class StreamMeter:
 
     Args:
         arrival_s: when the request came, on `clock`.
+        on_content: called once, when the first content token goes by.
     """
 
-    def __init__(self, timing: RequestTiming, arrival_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        timing: RequestTiming,
+        arrival_s: float,
+        clock: Callable[[], float],
+        on_content: Callable[[], None] = lambda: None,
+    ) -> None:
         self._timing = timing
         self._arrival_s = arrival_s
         self._clock = clock
+        self._on_content = on_content
         self._tail: deque[bytes] = deque(maxlen=MAX_TAIL_CHUNKS)
         self._overlap = b""
         self._first_s: float | None = None
@@ -101,6 +109,7 @@ class StreamMeter:
                 return
             self._first_s = self._last_s
             self._timing.ttft_s = self._first_s - self._arrival_s
+            self._on_content()
             # The role chunk may have come along.
             self._num_deltas -= chunk.count(_NO_CONTENT)
         self._num_deltas += chunk.count(_DELTA)
