@@ -20,7 +20,9 @@ def unfit(node: NodeView, avoid: AbstractSet[str]) -> str | None:
         return "failed this request already"
     if not node.healthy:
         return f"does not answer ({node.failure or 'not heard of yet'})"
-    return None if node.usable else "is draining"
+    if node.draining:
+        return "is draining"
+    return None if node.usable else "has failed too often lately (its breaker is open)"
 
 
 def not_serving(node: NodeView, model_id: str) -> str:

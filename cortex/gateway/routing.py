@@ -128,7 +128,9 @@ class Routing:
         replica = (serve.node, serve.model_id)
         snapshot = self._fleet.snapshot()
         node = snapshot.node(serve.node)
-        assert node is not None
+        if node is None:
+            # The configuration lost the node this very moment; trying it tells the rest.
+            return Leg(self, replica, trip, work_s=0.0, is_alone=False)
         demand = self._demand_of(trip, serve.model_id)
         knowledge = Knowledge(rates=self.rates)
         return Leg(
