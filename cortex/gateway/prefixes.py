@@ -28,6 +28,7 @@ MAX_TRUSTED = 1024
 # A session's earlier prompt is only likely to begin the next one.
 SESSION_SHARE = 0.5
 MIN_EXPECTED_TOKENS = 256
+MIN_CACHED_TOKENS = 64
 # A replica that hardly ever has what it should have keeps no prefixes at all.
 MIN_TRUST = 0.1
 _WEIGHT_OF_NEW = 0.3
@@ -196,8 +197,9 @@ class Match:
     trust: float = 1.0
 
     def tokens(self, prompt_tokens: int) -> int:
-        """Return how many tokens of a prompt to count on."""
-        return int(self.share * self.trust * prompt_tokens) if self.trust >= MIN_TRUST else 0
+        """Return how many tokens of a prompt to count on; less than a block is not cached."""
+        tokens = int(self.share * self.trust * prompt_tokens)
+        return tokens if self.trust >= MIN_TRUST and tokens >= MIN_CACHED_TOKENS else 0
 
 
 class PrefixIndex:
