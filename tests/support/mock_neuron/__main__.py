@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import secrets
 import signal
 from contextlib import AsyncExitStack
 
@@ -37,23 +38,29 @@ class NodeSpec(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
 
     Attributes:
         time_scale: real seconds for each second of the model.
+        events: whether it has `/events`; without, gateways have to poll.
     """
 
     models: list[ModelSpec]
     total_bytes: int = 64 * GIB
     num_devices: int = 1
     time_scale: float = 1.0
+    events: bool = True
 
     def neuron(self, host: str, port: int) -> MockNeuron:
         """Return the neuron itself."""
-        return MockNeuron(
+        neuron = MockNeuron(
             *(each.model() for each in self.models),
             host=host,
             port=port,
             total_bytes=self.total_bytes,
             num_devices=self.num_devices,
             time_scale=self.time_scale,
+            events=self.events,
         )
+        # As after any restart, the ids of the life before are worth nothing.
+        neuron.feed.epoch = secrets.token_hex(4)
+        return neuron
 
 
 async def run(spec: NodeSpec, host: str, port: int, count: int) -> None:
