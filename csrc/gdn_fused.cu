@@ -295,18 +295,19 @@ struct RowResult {
     float delta, out;
 };
 
-// Adds up 2 kCount sums over 2 kCount lanes, of which each lane gets one, its lane's. Each exchange
-// halves the sums that a lane carries and the lanes that a sum is spread over.
-template <int kCount, int kSize>
-__device__ __forceinline__ void gather_sums(float (&sums)[kSize], int lane) {
-    const bool is_upper = lane & kCount;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-        const float sent = is_upper ? sums[i] : sums[i + kCount];
-        const float kept = is_upper ? sums[i + kCount] : sums[i];
-        sums[i] = kept + __shfl_xor_sync(kAllLanes, sent, kCount);
+// Adds up the sums of kRows rows over as many lanes, of which each lane gets one, its lane's. An
+// exchange halves the sums that a lane carries and the lanes that a sum is spread over; sums are made
+// as they are wanted, so that few are carried at a time. kCount is 1.
+template <int kRows, int kCount, class RowSum>
+__device__ __forceinline__ float gather_sums(const RowSum& row_sum, int first, int lane) {
+    if constexpr (kCount == kRows) {
+        return row_sum(first);
+    } else {
+        const float low = gather_sums<kRows, 2 * kCount>(row_sum, first, lane);
+        const float high = gather_sums<kRows, 2 * kCount>(row_sum, first + kCount, lane);
+        const bool is_high = lane & kCount;
+        return (is_high ? high : low) + __shfl_xor_sync(kAllLanes, is_high ? low : high, kCount);
     }
-    if constexpr (kCount > 1) gather_sums<kCount / 2>(sums, lane);
 }
 
 // Reads the rows of a warp for one token: with S the state before it, m = S k and n = S q,
@@ -320,17 +321,15 @@ __device__ __forceinline__ RowResult read_rows(const Layout<kDim>& at, const Row
     for (int bits = kRows; bits > 0; bits /= 2) {
         k_dot_q += __shfl_xor_sync(kAllLanes, k_dot_q, bits);
     }
-    float sums[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    const auto row_sum = [&](int r) {
         const float4 s = rows(r);
         const float with_k = dot(s, k), with_q = dot(s, q);
         const float sent = at.has_q ? with_k : with_q;
-        sums[r] = (at.has_q ? with_q : with_k) + __shfl_xor_sync(kAllLanes, sent, kRows);
-    }
-    gather_sums<kRows / 2>(sums, at.lane);
-    const float other = __shfl_xor_sync(kAllLanes, sums[0], kRows);
-    const float m = at.has_q ? other : sums[0], n = at.has_q ? sums[0] : other;
+        return (at.has_q ? with_q : with_k) + __shfl_xor_sync(kAllLanes, sent, kRows);
+    };
+    const float own = gather_sums<kRows, 1>(row_sum, 0, at.lane);
+    const float other = __shfl_xor_sync(kAllLanes, own, kRows);
+    const float m = at.has_q ? other : own, n = at.has_q ? own : other;
     const float delta = beta * (v - decay * m);
     return {delta, decay * n + delta * k_dot_q};
 }
@@ -359,6 +358,7 @@ struct DecodeShared {
     Four<T> z[kFours];
     float4 norm_weight[kFours];
     float4 parts[4][kFours];  // q, k, v and then the output, silu(z)
+    float4 deltas[kFours];    // of the rows
     float decay, beta;
 };
 
@@ -508,14 +508,22 @@ __global__ void __launch_bounds__(Layout<kDim>::kThreads, (kDecodeBlocks<State, 
         return widen<State>(rows[r]);
     };
     const RowResult result = read_rows<kDim>(at, row, k, q, values[at.row], decay, shared.beta);
+    // Before an output replaces it, both lanes of a row have read its value.
+    __syncwarp();
+    float* deltas = reinterpret_cast<float*>(shared.deltas);
+    if (!at.has_q) values[at.row] = result.out, deltas[at.row] = result.delta;
+    __syncwarp();
     const int count = count_reader(p, head, warp, at.lane);
 #pragma unroll
-    for (int r = 0; r < At::kRows; ++r) {
-        const float4 s = combine(decay, row(r), delta_of_row<kDim>(result.delta, r), k);
-        store_streaming(fours(state + at.at(r)), narrow<State>(s));
+    for (int r = 0; r < At::kRows; r += 4) {
+        const float4 delta = shared.deltas[(at.first_row + r) / 4];
+        const float of_row[4] = {delta.x, delta.y, delta.z, delta.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float4 s = combine(decay, row(r + i), of_row[i], k);
+            store_streaming(fours(state + at.at(r + i)), narrow<State>(s));
+        }
     }
-    // By these exchanges both lanes of a row have read its value.
-    if (!at.has_q) values[at.row] = result.out;
     __syncthreads();
 
     if (warp == 3) {
@@ -729,7 +737,8 @@ __global__ void __launch_bounds__(Layout<kDim>::kThreads, 2 * (128 / kDim))
         for (int r = 0; r < At::kRows; ++r) {
             rows[r] = combine(decay, rows[r], delta_of_row<kDim>(result.delta, r), k);
         }
-        // By these exchanges both lanes of a row have read its value.
+        // Before an output replaces it, both lanes of a row have read its value.
+        __syncwarp();
         if (!at.has_q) {
             values[at.row] = result.out;
             p.ring_deltas[ring_offset(p, head, t, kDim) + at.row] = result.delta;
@@ -899,7 +908,7 @@ __device__ __forceinline__ void norm_step(const GdnStep& p, const Head& head,
 // warp takes one row of the state after the other through all tokens. A block of a padding row
 // writes zeros and leaves.
 template <class T, class State>
-__global__ void __launch_bounds__(kAnyThreads) gdn_step_kernel(GdnStep p, bool keeps) {
+__global__ void __launch_bounds__(kAnyThreads, 1) gdn_step_kernel(GdnStep p, bool keeps) {
     GDN_DYNAMIC_SHARED(dynamic);
     __shared__ StepGates gates;
     Head head = head_of_block(p, {p.k_dim, p.v_dim, p.width}, keeps ? 1 : p.num_draft);

@@ -18,8 +18,8 @@ __device__ __forceinline__ int lane_offset_down(int lane) {
     return panel_offset((lane >> 3 & 1) * 8 + (lane & 7), lane >> 4);
 }
 // Block (row, column) of a tile of panels, in blocks of 16.
-__device__ __forceinline__ const unsigned char* block_at(const unsigned char* tile, int lane_offset,
-                                                         int row, int column) {
+__device__ __forceinline__ SharedAddress block_at(SharedAddress tile, int lane_offset, int row,
+                                                  int column) {
     return tile + (lane_offset ^ (column & 3) << 5) + row * 2048 + (column >> 2) * kPanelBytes;
 }
 
@@ -178,13 +178,13 @@ __device__ __forceinline__ void score_keys(const ChunkShared& shared, int rows, 
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
         uint32_t key[4], query[4];
-        ldmatrix_x4(key, block_at(shared.keys, down, rows, step));
-        ldmatrix_x4(query, block_at(shared.queries, down, rows, step));
+        ldmatrix_x4(key, block_at(shared_address(shared.keys), down, rows, step));
+        ldmatrix_x4(query, block_at(shared_address(shared.queries), down, rows, step));
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            if (j > rows) break;
+            if (j > rows) continue;
             uint32_t b[4];
-            ldmatrix_x4(b, block_at(shared.keys, across, j, step));
+            ldmatrix_x4(b, block_at(shared_address(shared.keys), across, j, step));
             multiply(kk[2 * j], kk[2 * j + 1], key, b);
             multiply(qk[2 * j], qk[2 * j + 1], query, b);
         }
@@ -267,9 +267,8 @@ __device__ __forceinline__ void invert_diagonal(const ChunkShared& shared, int r
 // d (16 x 16) += a b with both operands as sums of two f16; the product of the low halves is below
 // what float32 keeps of the sum.
 __device__ __forceinline__ void multiply_split(float (&d)[2][4], const uint32_t (&a_high)[4],
-                                               const uint32_t (&a_low)[4],
-                                               const unsigned char* b_high,
-                                               const unsigned char* b_low) {
+                                               const uint32_t (&a_low)[4], SharedAddress b_high,
+                                               SharedAddress b_low) {
     uint32_t high[4], low[4];
     ldmatrix_x4(high, b_high);
     ldmatrix_x4(low, b_low);
@@ -286,8 +285,8 @@ __device__ __forceinline__ void invert_column(const ChunkShared& shared, int col
     const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4 * 2;
     const int across = lane_offset_across(lane);
     uint32_t high[4][4], low[4][4];
-    ldmatrix_x4_trans(high[0], block_at(shared.high, across, column, column));
-    ldmatrix_x4_trans(low[0], block_at(shared.low, across, column, column));
+    ldmatrix_x4_trans(high[0], block_at(shared_address(shared.high), across, column, column));
+    ldmatrix_x4_trans(low[0], block_at(shared_address(shared.low), across, column, column));
 #pragma unroll
     for (int below = 1; below < 4; ++below) {
         const int row = column + below;
@@ -295,16 +294,18 @@ __device__ __forceinline__ void invert_column(const ChunkShared& shared, int col
         float sum[2][4] = {}, block[2][4] = {};
 #pragma unroll
         for (int m = 0; m < below; ++m) {
-            multiply_split(sum, high[m], low[m], block_at(shared.high, across, row, column + m),
-                           block_at(shared.low, across, row, column + m));
+            multiply_split(sum, high[m], low[m],
+                           block_at(shared_address(shared.high), across, row, column + m),
+                           block_at(shared_address(shared.low), across, row, column + m));
         }
         uint32_t sum_high[4], sum_low[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             split2(sum[i / 2][i % 2 * 2], sum[i / 2][i % 2 * 2 + 1], sum_high[i], sum_low[i]);
         }
-        multiply_split(block, sum_high, sum_low, block_at(shared.high, across, row, row),
-                       block_at(shared.low, across, row, row));
+        multiply_split(block, sum_high, sum_low,
+                       block_at(shared_address(shared.high), across, row, row),
+                       block_at(shared_address(shared.low), across, row, row));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float* x = &block[i / 2][i % 2 * 2];
@@ -554,12 +555,13 @@ template <int D>
 __device__ __forceinline__ void multiply_tokens(float (&x)[8][4],
                                                 const uint32_t (&operand)[D / 16][4],
                                                 const unsigned char* tile, int across) {
+    const SharedAddress from = shared_address(tile);
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             uint32_t b[4];
-            ldmatrix_x4(b, block_at(tile, across, j, step));
+            ldmatrix_x4(b, block_at(from, across, j, step));
             multiply(x[2 * j], x[2 * j + 1], operand[step], b);
         }
     }
@@ -568,12 +570,13 @@ __device__ __forceinline__ void multiply_tokens(float (&x)[8][4],
 // x += left operand (16 rows of 64 tokens) times the transpose of a lower triangular tile.
 __device__ __forceinline__ void multiply_lower(float (&x)[8][4], const uint32_t (&operand)[4][4],
                                                const unsigned char* tile, int across) {
+    const SharedAddress from = shared_address(tile);
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
 #pragma unroll
         for (int j = step; j < 4; ++j) {
             uint32_t b[4];
-            ldmatrix_x4(b, block_at(tile, across, j, step));
+            ldmatrix_x4(b, block_at(from, across, j, step));
             multiply(x[2 * j], x[2 * j + 1], operand[step], b);
         }
     }
@@ -597,11 +600,12 @@ __device__ __forceinline__ void advance(ScanRows<D>& rows, uint32_t (&fresh)[4][
     multiply_tokens<D>(x, rows.operand, keys, across);
 
     const float scale[2] = {power_of_two(rows.exponents[0]), power_of_two(rows.exponents[1])};
-    const int value_lane = value_offset((lane >> 4) * 8 + (lane & 7), lane >> 3 & 1);
+    const SharedAddress own_values =
+        shared_address(values) + value_offset((lane >> 4) * 8 + (lane & 7), lane >> 3 & 1);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         uint32_t v[4];
-        ldmatrix_x4_trans(v, values + value_lane + j * 16 * kRowBytes);
+        ldmatrix_x4_trans(v, own_values + j * 16 * kRowBytes);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int n = 2 * j + i / 2, half = i % 2, token = 8 * n + pair;
@@ -612,6 +616,8 @@ __device__ __forceinline__ void advance(ScanRows<D>& rows, uint32_t (&fresh)[4][
             x[n][2 * half + 1] = beta.y * (value.y * scale[half]) - decay.y * x[n][2 * half + 1];
         }
     }
+    // Here and below: what comes next shall not be loaded yet, since all registers are taken.
+    __syncwarp();
     rows.fit_deltas(x);
     uint32_t right[4][4];
 #pragma unroll
@@ -630,18 +636,20 @@ __device__ __forceinline__ void advance(ScanRows<D>& rows, uint32_t (&fresh)[4][
         }
         pack_block(right[step], delta[2 * step], delta[2 * step + 1]);
     }
+    __syncwarp();
     const float whole = gates_at(gates, kFromStart, kChunk - 2).y;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) rows.state[n][e] *= whole;
     }
+    const SharedAddress key_rows = shared_address(keys);
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
 #pragma unroll
         for (int j = 0; j < D / 16; ++j) {
             uint32_t b[4];
-            ldmatrix_x4_trans(b, block_at(keys, down, step, j));
+            ldmatrix_x4_trans(b, block_at(key_rows, down, step, j));
             multiply(rows.state[2 * j], rows.state[2 * j + 1], right[step], b);
         }
     }
@@ -872,7 +880,8 @@ constexpr int kJoinRows = 16;
 // Block (kJoinRows rows of values, value head, segment), of which those of a sequence's first
 // segment do the work: D threads, one a column. Rows of the current state lie in shared memory.
 template <int D>
-__global__ void __launch_bounds__(D) prefill_join_kernel(GdnRule p, PrefillWorkspace w, int tiles) {
+__global__ void __launch_bounds__(D, 1)
+    prefill_join_kernel(GdnRule p, PrefillWorkspace w, int tiles) {
     alignas(16) __shared__ float current[kJoinRows][D];
     const int first_row = static_cast<int>(blockIdx.x % tiles) * kJoinRows;
     const int head = static_cast<int>(blockIdx.x / tiles % p.num_v_heads);
@@ -937,11 +946,14 @@ int launch_chunks(const GdnRule& p, const PrefillWorkspace& w, void* stream) {
 // Warps of a scan's block. A warp's chain of products leaves its scheduler idle half the time, and
 // four schedulers share the shared memory that feeds them: up to four warps cost about the same, and
 // from there on the busiest multiprocessor decides. Larger tiles fetch less.
+template <class Shared>
 int choose_scan_warps(int64_t heads, int rows) {
     const int64_t multiprocessors = max(multiprocessor_count(), 1);
+    const size_t most_bytes = static_cast<size_t>(max(max_shared_bytes(), 0));
     int best = 1;
     int64_t least = INT64_MAX;
     for (int warps = min(kMaxScanWarps, rows / kWarpRows); warps > 0; warps /= 2) {
+        if (warps > 1 && Shared::bytes(warps) > most_bytes) continue;
         const int64_t blocks = heads * (rows / (kWarpRows * warps));
         const int64_t busiest = (blocks + multiprocessors - 1) / multiprocessors * warps;
         const int64_t cost = max(busiest, int64_t{4});
@@ -953,7 +965,7 @@ int choose_scan_warps(int64_t heads, int rows) {
 template <class T, int D, bool kIsMap>
 int launch_scan(const GdnRule& p, const PrefillWorkspace& w, void* stream) {
     const int64_t heads = p.num_segments * p.num_v_heads;
-    const int warps = choose_scan_warps(heads, p.v_dim);
+    const int warps = choose_scan_warps<ScanShared<D, kIsMap>>(heads, p.v_dim);
     const int tiles = (p.v_dim + (kIsMap ? p.k_dim : 0)) / (kWarpRows * warps);
     if (heads * tiles > kMaxBlocks) return kUnsupportedShape;
     return GDN_LAUNCH((prefill_scan_kernel<T, D, kIsMap>),

@@ -316,16 +316,21 @@ void load_matrices(uint32_t (&registers)[kMatrices], const void* row) {
 
 }  // namespace host
 
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+using SharedAddress = const unsigned char*;
+inline SharedAddress shared_address(const void* p) {
+    return static_cast<const unsigned char*>(p);
+}
+
+inline void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
     host::load_matrices<4, false>(r, row);
 }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row) {
     host::load_matrices<4, true>(r, row);
 }
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
+inline void ldmatrix_x2(uint32_t (&r)[2], SharedAddress row) {
     host::load_matrices<2, false>(r, row);
 }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], SharedAddress row) {
     host::load_matrices<2, true>(r, row);
 }
 
