@@ -11,7 +11,7 @@ MODULES = sorted((ROOT / "cortex").rglob("*.py"))
 # The places where an unexpected exception is caught, logged and made visible.
 BLIND_EXCEPTS = {
     "core/web.py",
-    "neuron/lifecycle.py",
+    "neuron/supervisor.py",
     "neuron/engine/engine.py",
     "neuron/engine/process.py",
     "neuron/app.py",

@@ -120,6 +120,9 @@ class DefaultModel(_Config, frozen=True):
     source: str | None = None
     devices: list[int] | None = None
     max_model_len: Count | None = None
+    ttl_s: Annotated[float, Meta(ge=0)] | None = None
+    pinned: bool = False
+    priority: int | None = None
 
 
 class Admission(_Config, frozen=True):
@@ -148,6 +151,8 @@ class TorchHarness(_Config, frozen=True):
     default_max_tokens: Count = 8192
     load_timeout_s: Positive = 1800.0
     drain_s: Positive = 30.0
+    stall_s: Positive = 300.0  # longest silence of an engine with work in hand
+    idle_ttl_s: Positive | None = None  # None: models stay until they must make room
     admission: Admission = Admission()
 
 

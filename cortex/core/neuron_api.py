@@ -5,9 +5,10 @@ understand each other. An absent value means unknown, never bad. Memory is in Mi
 ends in `_mb` (the original's contract) and in bytes elsewhere.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 ModelStatus = Literal["unloaded", "loading", "loaded", "recovering", "failed", "draining"]
 LoadPhase = Literal["starting", "download", "weights", "caches", "warmup"]
@@ -127,6 +128,7 @@ class NeuronHealth(msgspec.Struct, kw_only=True, frozen=True):
     host: HostMemory | None = None
     activation: Activation | None = None
     models: list[ModelLoad] = []
+    cycles: int = 0  # loads and unloads since the process started
 
 
 class Limit(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
@@ -172,6 +174,9 @@ class ModelInfo(msgspec.Struct, kw_only=True, frozen=True):
         cache_bytes: the caches of a loaded model.
         resident_s: seconds since its engine was ready, None while it has none.
         ttl_s, min_resident_s, pinned, priority: what its load asked for.
+        idle_unload_in_s: when it is unloaded unless a request comes, None if it is not.
+        evictable_in_s: when its minimum residency ends, 0.0 if it is over.
+        engine_cycles: loads and unloads on this host since its engine started.
         prefix_match: where a cached prefix may end: at any `block`, or only at a `snapshot` of
             the state (message ends, prompt ends); None where nothing is cached or nobody says.
     """
@@ -195,6 +200,9 @@ class ModelInfo(msgspec.Struct, kw_only=True, frozen=True):
     in_flight: int = 0
     last_used_s: float | None = None  # seconds since the last request, None if never used
     resident_s: float | None = None
+    idle_unload_in_s: float | None = None
+    evictable_in_s: float | None = None
+    engine_cycles: int | None = None
     ttl_s: float | None = None
     min_resident_s: float = 0.0
     pinned: bool = False
@@ -206,10 +214,12 @@ class LoadRequest(msgspec.Struct, kw_only=True, frozen=True):
     """Body of `POST /models/load`.
 
     Attributes:
-        ttl_s: unload it after so long without a request; None keeps it.
+        ttl_s: unload it after so long without a request; None takes the neuron's default, 0
+            keeps it.
         min_resident_s: refuse to evict it before it was loaded for so long.
-        pinned: never evict it.
-        priority: its residency priority, told to others that look for room.
+        pinned: never evict it, and never unload it for idleness.
+        priority: what `evict` may displace, and who may displace it; 100 if not given.
+        evict: residents that make room; all of them leave, or none. Those at work are waited for.
     """
 
     model_id: str
@@ -221,8 +231,8 @@ class LoadRequest(msgspec.Struct, kw_only=True, frozen=True):
     max_model_len: int | None = None
     evict: list[str] = []
     wait: bool = True
-    ttl_s: float | None = None
-    min_resident_s: float = 0.0
+    ttl_s: Annotated[float, Meta(ge=0)] | None = None
+    min_resident_s: Annotated[float, Meta(ge=0)] = 0.0
     pinned: bool = False
     priority: int | None = None
 
@@ -235,6 +245,7 @@ class LoadResponse(msgspec.Struct, kw_only=True, frozen=True):
     progress: LoadProgress | None = None
     load_s: float | None = None
     evicted: list[str] = []
+    drained: list[str] = []  # those of `evicted` that had requests in hand, which ended well
 
 
 class UnloadRequest(msgspec.Struct, kw_only=True, frozen=True):
@@ -248,6 +259,20 @@ class UnloadResponse(msgspec.Struct, kw_only=True, frozen=True):
 
     status: Literal["unloaded"]
     model_id: str
+
+
+class RecycleRequest(msgspec.Struct, kw_only=True, frozen=True):
+    """Body of `POST /models/recycle`."""
+
+    model_id: str
+
+
+class RecycleResponse(msgspec.Struct, kw_only=True, frozen=True):
+    """Answer of `POST /models/recycle`: the engine was ended, started again and serves."""
+
+    status: Literal["recycled"]
+    model_id: str
+    load_s: float | None = None
 
 
 class Endpoint(msgspec.Struct, kw_only=True, frozen=True):

@@ -58,6 +58,9 @@ class Activator:
             source=model.source,
             devices=model.devices,
             max_model_len=model.max_model_len,
+            ttl_s=model.ttl_s,
+            pinned=model.pinned,
+            priority=model.priority,
         )
         try:
             job = await self._lifecycle.load(request)

@@ -6,6 +6,7 @@ the seats it needs; it waits in order of arrival, within bounds of number and ti
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cortex.core.errors import CortexError, QueueFullError
@@ -48,10 +49,17 @@ class Admission:
         max_in_flight: seats.
         max_queue_depth: requests that may wait.
         max_wait_s: how long one may wait.
+        on_idle: called when the last seat is given back.
     """
 
     def __init__(
-        self, model_id: str, *, max_in_flight: int, max_queue_depth: int, max_wait_s: float
+        self,
+        model_id: str,
+        *,
+        max_in_flight: int,
+        max_queue_depth: int,
+        max_wait_s: float,
+        on_idle: Callable[[], None] = lambda: None,
     ) -> None:
         self.model_id = model_id
         self.max_in_flight = max_in_flight
@@ -60,6 +68,8 @@ class Admission:
         self.rejected_queue_full = 0
         self.rejected_timeout = 0
         self._max_wait_s = max_wait_s
+        self._on_idle = on_idle
+        self._is_paused = False
         self._queue: deque[_Waiter] = deque()
         self._closed: CortexError | None = None
         self._idle = asyncio.Event()
@@ -92,9 +102,9 @@ class Admission:
             raise self._refusal(f"{self.max_queue_depth} requests wait already")
 
     def _has_room(self, seats: int) -> bool:
-        return not self._queue and self.in_flight + min(seats, self.max_in_flight) <= (
-            self.max_in_flight
-        )
+        return not (self._is_paused or self._queue) and self.in_flight + min(
+            seats, self.max_in_flight
+        ) <= (self.max_in_flight)
 
     async def _wait(self, seats: int) -> Ticket:
         admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -124,6 +134,15 @@ class Admission:
             self._seat_waiters()
         return False
 
+    def pause(self) -> None:
+        """Give no seats until `resume`; who comes meanwhile waits, within the bounds."""
+        self._is_paused = True
+
+    def resume(self) -> None:
+        """Give seats again."""
+        self._is_paused = False
+        self._seat_waiters()
+
     def close(self, error: CortexError) -> None:
         """Refuse everyone from now on, those who wait included, with `error`."""
         self._closed = error
@@ -146,9 +165,10 @@ class Admission:
         self._seat_waiters()
         if self.in_flight == 0:
             self._idle.set()
+            self._on_idle()
 
     def _seat_waiters(self) -> None:
-        while self._queue:
+        while self._queue and not self._is_paused:
             waiter = self._queue[0]
             if self.in_flight + waiter.seats > self.max_in_flight:
                 return

@@ -78,10 +78,11 @@ class Changes:
         return [Change("load", moved)]
 
     def of_node(self, health: NeuronHealth) -> list[Change]:
-        """Return the host's health if its status, its default models or its memory moved."""
+        """Return the host's health if its status, default models, cycles or memory moved."""
         key = (
             health.status,
             health.activation,
+            health.cycles,
             [_step(each) for each in health.devices],
             None if health.host is None else health.host.free_bytes // MEMORY_STEP_BYTES,
         )
@@ -97,7 +98,16 @@ class Changes:
 
 def _lasting(info: ModelInfo) -> ModelInfo:
     """Return a model without what moves all the time."""
-    return msgspec.structs.replace(info, in_flight=0, last_used_s=None, progress=None)
+    return msgspec.structs.replace(
+        info,
+        in_flight=0,
+        last_used_s=None,
+        progress=None,
+        resident_s=None,
+        idle_unload_in_s=None,
+        evictable_in_s=None,
+        engine_cycles=None,
+    )
 
 
 def _counters(load: ModelLoad) -> ModelLoad:

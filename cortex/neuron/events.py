@@ -26,8 +26,9 @@ MAX_SUBSCRIBERS = 64
 MAX_QUEUED_EVENTS = 1024
 SUBSCRIBE_RETRY_S = 5.0
 PING = b": ping\n\n"
-# A subscriber hears something at least this often.
+# A subscriber hears something at least this often, and the end of the server this soon.
 PING_S = 1.0
+END_CHECK_S = 0.25
 
 _logger = logging.getLogger(__name__)
 _json = msgspec.json.Encoder()
@@ -132,14 +133,18 @@ class EventHub:
         subscription = self._subscribe(last_id)
         try:
             yield PING
+            told_s = self._clock()
             while not subscription.is_lagging:
-                if ending.is_set():
+                is_ending = ending.is_set()
+                if is_ending:
                     # Whoever routes here learns first that it should not any more.
                     self._tell_the_end()
-                event = await subscription.take(0.0 if ending.is_set() else PING_S)
-                if event is None and ending.is_set():
+                event = await subscription.take(0.0 if is_ending else END_CHECK_S)
+                if event is None and is_ending:
                     return
-                yield event or PING
+                if event is not None or self._clock() - told_s >= PING_S:
+                    told_s = self._clock()
+                    yield event or PING
         finally:
             self._subscribers.discard(subscription)
 

@@ -14,6 +14,8 @@ from cortex.core.neuron_api import (
     Endpoint,
     LoadRequest,
     LoadResponse,
+    RecycleRequest,
+    RecycleResponse,
     UnloadRequest,
     UnloadResponse,
 )
@@ -43,6 +45,7 @@ EVENTS_KEEPALIVE_S = 1.5
 
 _load_decoder = msgspec.json.Decoder(LoadRequest)
 _unload_decoder = msgspec.json.Decoder(UnloadRequest)
+_recycle_decoder = msgspec.json.Decoder(RecycleRequest)
 _tokenize_decoder = msgspec.json.Decoder(TokenizeRequest)
 
 
@@ -78,6 +81,7 @@ class Handlers:
                 Route("/models", self.models),
                 Route("/models/load", self.load, methods=["POST"]),
                 Route("/models/unload", self.unload, methods=["POST"]),
+                Route("/models/recycle", self.recycle, methods=["POST"]),
                 Route("/models/{model_id:path}/endpoint", self.endpoint),
                 Route("/models/{model_id:path}", self.model),
                 Route("/v1/models", self.cards),
@@ -157,7 +161,11 @@ class Handlers:
             return json_response(loading, status=202)
         return json_response(
             LoadResponse(
-                status="loaded", model_id=asked.model_id, load_s=job.load_s, evicted=job.evicted
+                status="loaded",
+                model_id=asked.model_id,
+                load_s=job.load_s,
+                evicted=job.evicted,
+                drained=job.drained,
             )
         )
 
@@ -167,6 +175,19 @@ class Handlers:
         asked = decode_body(_unload_decoder, body)
         await cancel_on_disconnect(request, self._lifecycle.unload(asked.model_id))
         return json_response(UnloadResponse(status="unloaded", model_id=asked.model_id))
+
+    async def recycle(self, request: Request) -> Response:
+        """`POST /models/recycle`: answers when the model's new engine serves."""
+        body = await read_body(request, max_bytes=MAX_CONTROL_BODY_BYTES)
+        asked = decode_body(_recycle_decoder, body)
+        return await cancel_on_disconnect(request, self._recycle(asked.model_id))
+
+    async def _recycle(self, model_id: str) -> Response:
+        job = await self._lifecycle.recycle(model_id)
+        await job.wait()
+        return json_response(
+            RecycleResponse(status="recycled", model_id=model_id, load_s=job.load_s)
+        )
 
     async def chat(self, request: Request) -> Response | EventStream:
         """`POST /v1/chat/completions`."""

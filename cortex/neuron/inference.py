@@ -224,16 +224,15 @@ class Inference:
 
     @contextmanager
     def _counted(self, model_id: str) -> Iterator[None]:
-        try:
-            yield
-        except CortexError as exc:
-            self._metrics.request_failed(model_id, exc.code)
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
-            self._metrics.request_failed(model_id, "client_left")
-            raise
-        finally:
-            self._lifecycle.touch(model_id)
+        with self._lifecycle.using(model_id):
+            try:
+                yield
+            except CortexError as exc:
+                self._metrics.request_failed(model_id, exc.code)
+                raise
+            except (asyncio.CancelledError, GeneratorExit):
+                self._metrics.request_failed(model_id, "client_left")
+                raise
 
     async def _chat_model(self, model_id: str) -> ChatModel:
         model = self._lifecycle.model(model_id)

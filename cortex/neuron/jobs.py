@@ -35,6 +35,7 @@ class Job:
 
     Attributes:
         evicted: models that were ended to make room.
+        drained: those of them that had requests in hand.
         load_s: how long it took, once it succeeded.
     """
 
@@ -43,6 +44,7 @@ class Job:
     ) -> None:
         self.model_id = model_id
         self.evicted: list[str] = []
+        self.drained: list[str] = []
         self.load_s: float | None = None
         self._clock = clock
         self._started_s = clock()

@@ -4,12 +4,13 @@ A claim is memory promised to a model. Until its engine has taken it, a reading 
 does not show it, so it is subtracted; afterwards the reading is the truth.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 
+from cortex.core.catalogue import DEFAULT_PRIORITY
 from cortex.core.errors import (
     BadRequestError,
     InsufficientMemoryError,
@@ -47,6 +48,17 @@ class Resident(msgspec.Struct, kw_only=True, frozen=True):
     bytes: int
     in_flight: int
     last_used_s: float | None
+    priority: int = DEFAULT_PRIORITY
+    pinned: bool = False
+    min_resident_left_s: float = 0.0
+
+
+class Shortage(msgspec.Struct, kw_only=True, frozen=True):
+    """What a load would need of one device, and what it could have."""
+
+    device: int
+    needed_bytes: int
+    free_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +125,7 @@ def place(
     memory: Sequence[DeviceMemory],
     claims: Sequence[Claim],
     residents: Sequence[Resident] = (),
+    leaving: Collection[str] = (),
 ) -> Placement:
     """Choose the device with the most free memory that the model fits on.
 
@@ -121,6 +134,7 @@ def place(
     Args:
         memory: readings of all devices, the host's among them.
         residents: who could be evicted, told to the caller when there is no room.
+        leaving: models whose memory will be given back for this one.
 
     Raises:
         InsufficientMemoryError: it fits nowhere it may go.
@@ -133,37 +147,64 @@ def place(
         raise ServiceUnavailableError(
             "the memory of this host's devices cannot be read; its log says why"
         )
-    needed = wish.need_bytes(candidates[0].index)
-    free = {each.index: free_bytes(each, claims) for each in candidates}
-    best = max(free, key=lambda index: (free[index], -index))
-    if free[best] >= needed:
-        return Placement(device=best, num_bytes=needed)
-    raise insufficient(wish.model_id, best, needed, free[best], residents)
+    shortages = [
+        Shortage(
+            device=each.index,
+            needed_bytes=wish.need_bytes(each.index),
+            free_bytes=free_bytes(each, claims, leaving),
+        )
+        for each in candidates
+    ]
+    best = max(shortages, key=lambda each: (each.free_bytes, -each.device))
+    if best.free_bytes >= best.needed_bytes:
+        return Placement(device=best.device, num_bytes=best.needed_bytes)
+    raise insufficient(wish.model_id, shortages, residents, leaving)
 
 
 def insufficient(
-    model_id: str, device: int, needed: int, free: int, residents: Sequence[Resident]
+    model_id: str,
+    shortages: Sequence[Shortage],
+    residents: Sequence[Resident],
+    leaving: Collection[str] = (),
 ) -> InsufficientMemoryError:
-    """Return the error that tells a caller what is missing and who could make room."""
-    where = "of host memory" if device == HOST else f"on GPU {device}"
+    """Return the error that tells a caller what is missing and who could make room.
+
+    Its extras have the figures of every device, and those of the emptiest by themselves.
+    """
+    best = max(shortages, key=lambda each: (each.free_bytes, -each.device))
+    where = "of host memory" if best.device == HOST else f"on GPU {best.device}"
+    without = f" even without {', '.join(sorted(leaving))}" if leaving else ""
     return InsufficientMemoryError(
-        f"model '{model_id}' needs {needed / GIB:.1f} GiB {where}, {free / GIB:.1f} GiB are free; "
-        "unload a model, or lower max_model_len or cache_mb",
+        f"model '{model_id}' needs {best.needed_bytes / GIB:.1f} GiB {where}, "
+        f"{best.free_bytes / GIB:.1f} GiB are free{without}; unload a model, or lower "
+        "max_model_len or cache_mb",
         extras={
-            "device": device,
-            "needed_bytes": needed,
-            "free_bytes": free,
+            "device": best.device,
+            "needed_bytes": best.needed_bytes,
+            "free_bytes": best.free_bytes,
+            "devices": [msgspec.to_builtins(each) for each in shortages],
             "residents": [msgspec.to_builtins(each) for each in residents],
         },
     )
 
 
-def free_bytes(device: DeviceMemory, claims: Sequence[Claim]) -> int:
-    """Return what is free and not yet promised."""
-    promised = sum(
-        claim.num_bytes for claim in claims if claim.device == device.index and not claim.is_taken
+def free_bytes(device: DeviceMemory, claims: Sequence[Claim], leaving: Collection[str] = ()) -> int:
+    """Return what a load could take: the smaller of what the reading and the claims leave.
+
+    The reading shows what others take, the claims what is promised or not touched yet.
+
+    Args:
+        leaving: models whose memory counts as free.
+    """
+    here = [each for each in claims if each.device == device.index]
+    staying = [each for each in here if each.model_id not in leaving]
+    returned = sum(each.num_bytes for each in here if each.is_taken) - sum(
+        each.num_bytes for each in staying if each.is_taken
     )
-    return max(0, device.free_bytes - promised)
+    promised = sum(each.num_bytes for each in staying if not each.is_taken)
+    by_reading = device.free_bytes + returned - promised
+    by_claims = device.total_bytes - sum(each.num_bytes for each in staying)
+    return max(0, min(by_reading, by_claims))
 
 
 def _candidates(wish: Wish, memory: Sequence[DeviceMemory]) -> list[DeviceMemory]:

@@ -27,12 +27,17 @@ class Residency:
         error: why the model is `failed` or `recovering`; None elsewhere.
         since_s: when the status was entered, on the owner's clock.
         restarts: restarts since the engine was last stable.
+        is_reversible: `draining` to make room for another, and `loaded` again if that comes to
+            nothing.
+        is_recycling: its engine is being ended and started again; requests wait meanwhile.
     """
 
     status: ModelStatus = "unloaded"
     error: CortexError | None = None
     since_s: float = 0.0
     restarts: int = 0
+    is_reversible: bool = False
+    is_recycling: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +50,41 @@ class LoadAsked:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnloadAsked:
     """A caller, an eviction or the end of the process wants the model gone."""
+
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvictAsked:
+    """Another model's load wants its memory, once it is idle."""
+
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvictDropped:
+    """The load that wanted its memory will not have it: everything stays as it was."""
+
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecycleAsked:
+    """A caller wants the engine to be ended, once it is idle, and started again."""
+
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecycleDropped:
+    """The engine did not become idle in time, and goes on."""
+
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRecycled:
+    """The engine was ended and may be started again."""
 
     now_s: float
 
@@ -76,7 +116,18 @@ class Ended:
     now_s: float
 
 
-Happening = LoadAsked | UnloadAsked | EngineReady | EngineLost | Ended
+Happening = (
+    LoadAsked
+    | UnloadAsked
+    | EvictAsked
+    | EvictDropped
+    | RecycleAsked
+    | RecycleDropped
+    | EngineReady
+    | EngineRecycled
+    | EngineLost
+    | Ended
+)
 
 
 class Effect(Enum):
@@ -88,6 +139,8 @@ class Effect(Enum):
     REFUSE = auto()  # answer with the state's error
     WAIT_FOR_END = auto()  # wait for the drain, then ask again
     OPEN = auto()  # admit requests, wake those who wait for the load
+    PAUSE = auto()  # admit nothing, let requests end, keep those that wait
+    RESUME = auto()  # admit requests again
     DRAIN = auto()  # admit nothing, let requests end, then end the engine
     ABORT = auto()  # end the engine at once; it serves nobody
     CLOSE = auto()  # fail the requests in hand
@@ -112,6 +165,16 @@ def decide(state: Residency, event: Happening) -> Decision:
             return _on_load(state, event.now_s)
         case UnloadAsked():
             return _on_unload(state, event.now_s)
+        case EvictAsked():
+            return _on_evict(state, event.now_s)
+        case RecycleAsked():
+            return _on_recycle(state, event.now_s)
+        case EvictDropped():
+            return _resume(state, event.now_s, state.is_reversible)
+        case RecycleDropped():
+            return _resume(state, event.now_s, state.is_recycling and state.status == "loaded")
+        case EngineRecycled():
+            return _on_recycled(state, event.now_s)
         case EngineReady():
             return _on_ready(state, event.now_s)
         case EngineLost():
@@ -151,8 +214,50 @@ def _on_unload(state: Residency, now_s: float) -> Decision:
             return Decision(state=draining, effects=(Effect.ABORT,))
         case "loaded":
             return Decision(state=draining, effects=(Effect.DRAIN,))
+        case "draining" if state.is_reversible:
+            return Decision(state=draining, effects=(Effect.DRAIN,))
         case "draining":
             return Decision(state=state, effects=(Effect.WAIT_FOR_END,))
+
+
+def _on_evict(state: Residency, now_s: float) -> Decision:
+    match state.status:
+        case "loaded" if not state.is_recycling:
+            leaving = replace(state, status="draining", since_s=now_s, is_reversible=True)
+            return Decision(state=leaving, effects=(Effect.PAUSE,))
+        case "draining" if not state.is_reversible:
+            return Decision(state=state, effects=(Effect.WAIT_FOR_END,))
+        case "unloaded" | "failed":
+            return Decision(state=state, effects=(Effect.NOT_RESIDENT,))
+        case _:
+            return Decision(state=state, effects=(Effect.REFUSE,))
+
+
+def _on_recycle(state: Residency, now_s: float) -> Decision:
+    match state.status:
+        case "loaded" | "recovering" if state.is_recycling:
+            return Decision(state=state, effects=(Effect.JOIN,))
+        case "loaded":
+            recycling = replace(state, since_s=now_s, is_recycling=True)
+            return Decision(state=recycling, effects=(Effect.PAUSE,))
+        case "unloaded" | "failed":
+            return Decision(state=state, effects=(Effect.NOT_RESIDENT,))
+        case _:
+            return Decision(state=state, effects=(Effect.REFUSE,))
+
+
+def _on_recycled(state: Residency, now_s: float) -> Decision:
+    if state.status != "loaded" or not state.is_recycling:
+        return Decision(state=state)
+    restarting = replace(state, status="recovering", since_s=now_s)
+    return Decision(state=restarting, effects=(Effect.RESTART,))
+
+
+def _resume(state: Residency, now_s: float, is_due: bool) -> Decision:
+    if not is_due:
+        return Decision(state=state)
+    loaded = Residency(status="loaded", since_s=now_s, restarts=state.restarts)
+    return Decision(state=loaded, effects=(Effect.RESUME,))
 
 
 def _on_ready(state: Residency, now_s: float) -> Decision:

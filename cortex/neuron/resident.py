@@ -3,20 +3,22 @@
 import asyncio
 from dataclasses import dataclass, field
 
+from cortex.core.catalogue import DEFAULT_PRIORITY
 from cortex.core.errors import (
     CortexError,
     InternalError,
     LoadFailedError,
     ModelLoadingError,
     ServiceUnavailableError,
+    ShuttingDownError,
 )
+from cortex.core.neuron_api import LoadRequest
 from cortex.neuron.admission import Admission
 from cortex.neuron.chat.model import ChatModel
-from cortex.neuron.engine_client import EngineClient
+from cortex.neuron.engine_client import EngineClient, recovering_error
 from cortex.neuron.harness import Engine, Harness, LoadedModel
 from cortex.neuron.jobs import Job
 from cortex.neuron.library import Entry
-from cortex.neuron.memory import Claim
 from cortex.neuron.residency import Residency, retry_after_s
 
 LOADING_RETRY_S = 5.0
@@ -28,31 +30,66 @@ class UnloadedError(ServiceUnavailableError):
     code = "model_unloading"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """How long a model stays.
+
+    Attributes:
+        ttl_s: unloaded after so long without a request; None keeps it.
+        min_resident_s: not evicted before it was loaded for so long.
+        pinned: never evicted and never unloaded for idleness.
+        priority: evicted only for one of at least the same.
+    """
+
+    ttl_s: float | None = None
+    min_resident_s: float = 0.0
+    pinned: bool = False
+    priority: int = DEFAULT_PRIORITY
+
+    def asked(self, request: LoadRequest) -> "Policy":
+        """Return the policy with what a load request sets; what it leaves out stays."""
+        return Policy(
+            ttl_s=self.ttl_s if request.ttl_s is None else request.ttl_s or None,
+            min_resident_s=request.min_resident_s or self.min_resident_s,
+            pinned=request.pinned or self.pinned,
+            priority=self.priority if request.priority is None else request.priority,
+        )
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Model:
-    """One model that is, was or will be in memory; only the lifecycle changes it.
+    """One model that is, was or will be in memory.
+
+    The roster changes its state, the ledger its memory, the supervisor the rest.
 
     Attributes:
         chat: what turns messages into tokens and back; set once it is loaded.
-        claim: the memory it is promised, None if it holds none.
+        loaded_s: when it was loaded; a new engine for it changes nothing.
+        cycles_at_start: the roster's count of loads and unloads when its engine started.
+        num_open: requests that are being worked on, from their first word to their last.
         wake: set when the supervising task has something to look at.
+        calm: set while the model is not draining.
         ended: set while no task supervises the model.
     """
 
     id: str
     harness: Harness
     state: Residency = field(default_factory=Residency)
+    policy: Policy = field(default_factory=Policy)
     job: Job | None = None
     entry: Entry | None = None
     chat: ChatModel | None = None
     engine: Engine | None = None
     loaded: LoadedModel | None = None
     admission: Admission | None = None
-    claim: Claim | None = None
+    loaded_s: float | None = None
+    cycles_at_start: int = 0
     last_used_s: float | None = None
     num_requests: int = 0
+    num_open: int = 0
     task: asyncio.Task[None] | None = None
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    calm: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -60,15 +97,57 @@ class Model:
         """Sequences in the engine."""
         return 0 if self.admission is None else self.admission.in_flight
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is asked of it just now."""
+        waiting = 0 if self.admission is None else self.admission.queue_depth
+        return not (self.num_open or self.in_flight or waiting)
+
+    def idle_s(self, now_s: float) -> float:
+        """Return how long a loaded model has had nothing to do."""
+        since_s = max(self.loaded_s or now_s, self.last_used_s or 0.0)
+        return now_s - since_s if self.is_idle else 0.0
+
+    def unload_in_s(self, now_s: float) -> float | None:
+        """Return when idleness unloads the model, 0 if it is due, None if it does not."""
+        ttl_s = self.policy.ttl_s
+        if ttl_s is None or self.policy.pinned or self.state.is_recycling:
+            return None
+        if self.state.status != "loaded" or not self.is_idle:
+            return None
+        return max(0.0, ttl_s - self.idle_s(now_s))
+
+    def evictable_in_s(self, now_s: float) -> float | None:
+        """Return when the minimum residency ends, 0 if it is over, None before it begins."""
+        if self.loaded_s is None:
+            return None
+        return max(0.0, self.policy.min_resident_s - (now_s - self.loaded_s))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
     """What a request needs of a loaded model."""
 
-    model_id: str
+    model: Model
     chat: ChatModel
-    engine: EngineClient
     admission: Admission
+
+    @property
+    def model_id(self) -> str:
+        """The model's name."""
+        return self.model.id
+
+    @property
+    def engine(self) -> EngineClient:
+        """The engine of this moment; another one may have been started while a request waited.
+
+        Raises:
+            ModelRecoveringError: there is none just now.
+        """
+        engine = self.model.engine
+        if not isinstance(engine, EngineClient) or not engine.can_serve:
+            raise recovering_error(self.model.id)
+        return engine
 
 
 def loading_error(model: Model) -> ModelLoadingError:
@@ -107,3 +186,8 @@ def failed_error(model: Model, now_s: float) -> CortexError:
         error.retry_after_s = None
         return error
     return LoadFailedError(error.message, param="model", retry_after_s=wait_s)
+
+
+def shutting_down_error() -> ShuttingDownError:
+    """Return what everybody is told once the process ends."""
+    return ShuttingDownError("this neuron is shutting down", retry_after_s=15)

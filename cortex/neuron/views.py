@@ -23,6 +23,7 @@ from cortex.core.openai import ModelCard, ModelList
 from cortex.neuron.chat.model import ChatModel
 from cortex.neuron.devices import HOST, DeviceMemory
 from cortex.neuron.discovery import Monitor, describe_host
+from cortex.neuron.engine.protocol import EngineStats
 from cortex.neuron.harness import Harness
 from cortex.neuron.kernels.build import features
 from cortex.neuron.library import Entry
@@ -82,6 +83,7 @@ class Views:
             host=self._host(),
             activation=self._activation(),
             models=self.loads(),
+            cycles=self._lifecycle.cycles,
         )
 
     def devices(self) -> list[DeviceHealth]:
@@ -126,7 +128,11 @@ class Views:
     def loads(self) -> list[ModelLoad]:
         """Return the work in hand of each model with an engine."""
         now_s = self._clock()
-        return [_load(each, now_s) for each in self._lifecycle.models() if each.engine is not None]
+        return [
+            _load(each, now_s)
+            for each in self._lifecycle.models()
+            if each.engine is not None or each.state.is_recycling
+        ]
 
     def models(self) -> list[ModelInfo]:
         """Return every model this host serves or could serve, by name."""
@@ -181,10 +187,14 @@ class Views:
 
     def _resident(self, model: Model, entry: Entry | None) -> ModelInfo:
         facts = None if entry is None else entry.facts
-        claim, status, loaded = model.claim, model.state.status, model.loaded
+        now_s = self._clock()
+        claim, loaded = self._lifecycle.claim(model.id), model.loaded
+        # An engine that is started again takes requests: they wait for it.
+        is_recycling = model.state.is_recycling
+        status = "loaded" if is_recycling else model.state.status
         error = None if model.state.error is None else model.state.error.message
         template = None if model.chat is None else model.chat.template
-        is_loading = status in ("loading", "recovering")
+        is_loading = is_recycling or status in ("loading", "recovering")
         last_used_s = model.last_used_s
         need = self._need_bytes(model.harness, entry) if claim is None else claim.num_bytes
         return ModelInfo(
@@ -200,11 +210,19 @@ class Views:
             limit=self._limit(model.chat, entry),
             tool_call=None if template is None else template.supports_tools,
             reasoning=None if template is None else template.supports_thinking,
-            servable=Servable(ok=True) if status == "loaded" else _unservable(status, error),
+            servable=_recycling() if is_recycling else _servable(status, error),
             progress=model.job.progress if is_loading and model.job is not None else None,
             error=error,
             in_flight=model.in_flight,
-            last_used_s=None if last_used_s is None else self._clock() - last_used_s,
+            last_used_s=None if last_used_s is None else now_s - last_used_s,
+            resident_s=now_s - model.loaded_s if model.loaded_s and model.engine else None,
+            idle_unload_in_s=model.unload_in_s(now_s),
+            evictable_in_s=model.evictable_in_s(now_s),
+            engine_cycles=self._lifecycle.cycles - model.cycles_at_start if model.engine else None,
+            ttl_s=model.policy.ttl_s,
+            min_resident_s=model.policy.min_resident_s,
+            pinned=model.policy.pinned,
+            priority=model.policy.priority,
         )
 
     def _need_bytes(self, harness: Harness, entry: Entry | None) -> int | None:
@@ -222,14 +240,23 @@ class Views:
         return Limit(context=min(longest, self._max_model_len or longest))
 
 
+def _servable(status: str, error: str | None) -> Servable:
+    return Servable(ok=True) if status == "loaded" else _unservable(status, error)
+
+
+def _recycling() -> Servable:
+    return Servable(
+        ok=True, reason="recycling", detail="the engine is started again; requests wait for it"
+    )
+
+
 def _unservable(reason: str, detail: str | None) -> Servable:
     return Servable(ok=False, reason=reason, detail=detail)
 
 
 def _load(model: Model, now_s: float) -> ModelLoad:
     admission, engine = model.admission, model.engine
-    assert engine is not None
-    stats = engine.stats
+    stats = EngineStats() if engine is None else engine.stats
     return ModelLoad(
         id=model.id,
         in_flight=model.in_flight,

@@ -161,3 +161,47 @@ async def test_closing_refuses_those_who_wait_and_those_who_come():
         await admission.acquire()
     ticket.release()
     await admission.wait_idle()
+
+
+async def test_a_paused_queue_keeps_who_waits_and_goes_on_where_it_stopped():
+    admission = make(seats=2, queue=2)
+    admission.pause()
+    async with asyncio.TaskGroup() as tasks:
+        waiting = [tasks.create_task(admission.acquire()) for _ in range(2)]
+        await settle()
+        assert (admission.in_flight, admission.queue_depth) == (0, 2)
+        with pytest.raises(QueueFullError):
+            admission.check()
+        admission.resume()
+        await settle()
+        assert all(each.done() for each in waiting)
+    assert admission.in_flight == 2
+
+
+async def test_seats_that_come_free_in_a_pause_are_given_to_nobody():
+    admission = make(seats=1)
+    ticket = await admission.acquire()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(admission.acquire())
+        await settle()
+        admission.pause()
+        ticket.release()
+        await settle()
+        assert (admission.in_flight, admission.queue_depth) == (0, 1)
+        admission.resume()
+
+
+async def test_the_last_seat_given_back_is_told():
+    told = []
+    admission = Admission(
+        "m",
+        max_in_flight=2,
+        max_queue_depth=0,
+        max_wait_s=1.0,
+        on_idle=lambda: told.append(admission.in_flight),
+    )
+    tickets = [await admission.acquire() for _ in range(2)]
+    tickets[0].release()
+    assert told == []
+    tickets[1].release()
+    assert told == [0]

@@ -251,7 +251,7 @@ async def test_silence_is_filled_with_pings(tmp_path):
         seen = b""
         while seen.count(b": ping\n\n") < 3:
             seen += await reply.content.readany()
-        assert seen.count(b"event: ") == 1
+        assert seen.count(b"event: snapshot") == 1
 
 
 async def test_when_the_neuron_ends_it_says_so_and_ends_the_stream(tmp_path):

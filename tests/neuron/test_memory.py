@@ -2,7 +2,16 @@ import pytest
 
 from cortex.core.errors import BadRequestError, InsufficientMemoryError, UnsupportedFieldError
 from cortex.neuron.devices import HOST, DeviceMemory
-from cortex.neuron.memory import Claim, Placement, Resident, Size, Wish, need_bytes, place
+from cortex.neuron.memory import (
+    Claim,
+    Placement,
+    Resident,
+    Size,
+    Wish,
+    free_bytes,
+    need_bytes,
+    place,
+)
 from cortex.neuron.models.facts import ModelFacts
 
 GIB = 1 << 30
@@ -92,9 +101,11 @@ def test_a_claim_that_the_reading_shows_is_not_subtracted_again():
 
 
 def test_a_refusal_tells_needed_and_free_bytes_and_who_is_resident():
-    resident = Resident(id="old", device=0, bytes=20 * GIB, in_flight=2, last_used_s=4.5)
+    resident = Resident(
+        id="old", device=0, bytes=20 * GIB, in_flight=2, last_used_s=4.5, pinned=True
+    )
     with pytest.raises(InsufficientMemoryError) as caught:
-        place(wish(), [gpu(0, 1)], [], [resident])
+        place(wish(), [gpu(0, 1), gpu(1, 0.5)], [], [resident])
     error = caught.value
     assert error.status == 409
     assert error.message == (
@@ -105,8 +116,21 @@ def test_a_refusal_tells_needed_and_free_bytes_and_who_is_resident():
         "device": 0,
         "needed_bytes": 2_955_910_400,
         "free_bytes": GIB,
+        "devices": [
+            {"device": 0, "needed_bytes": 2_955_910_400, "free_bytes": GIB},
+            {"device": 1, "needed_bytes": 2_955_910_400, "free_bytes": GIB // 2},
+        ],
         "residents": [
-            {"id": "old", "device": 0, "bytes": 20 * GIB, "in_flight": 2, "last_used_s": 4.5}
+            {
+                "id": "old",
+                "device": 0,
+                "bytes": 20 * GIB,
+                "in_flight": 2,
+                "last_used_s": 4.5,
+                "priority": 100,
+                "pinned": True,
+                "min_resident_left_s": 0.0,
+            }
         ],
     }
 
@@ -119,3 +143,41 @@ def test_a_gpu_that_is_not_there_is_named():
 def test_two_devices_for_one_model_are_refused():
     with pytest.raises(UnsupportedFieldError, match="one device"):
         place(wish(devices=[0, 1]), [gpu(0, 9), gpu(1, 9)], [])
+
+
+def test_claims_bound_what_is_free_where_the_reading_shows_more():
+    # A cache that nobody has touched yet is not in the reading.
+    claim = Claim(model_id="other", device=0, num_bytes=20 * GIB, is_taken=True)
+    assert free_bytes(gpu(0, 23), [claim]) == 4 * GIB
+
+
+def test_the_reading_bounds_what_is_free_where_the_claims_leave_more():
+    # Somebody else is on the device.
+    assert free_bytes(gpu(0, 3), []) == 3 * GIB
+
+
+def test_claims_over_the_device_leave_nothing_and_never_less():
+    claims = [Claim(model_id=name, device=0, num_bytes=20 * GIB) for name in ("a", "b")]
+    assert free_bytes(gpu(0, 5), claims) == 0
+
+
+def test_memory_of_those_that_leave_is_free_for_the_one_they_leave_for():
+    claims = [
+        Claim(model_id="old", device=0, num_bytes=20 * GIB, is_taken=True),
+        Claim(model_id="kept", device=0, num_bytes=1 * GIB, is_taken=True),
+    ]
+    device = gpu(0, 2)
+    assert free_bytes(device, claims) == 2 * GIB
+    assert free_bytes(device, claims, {"old"}) == 22 * GIB
+    big = wish(gpu_bytes=21 * GIB)
+    assert place(big, [device], claims, (), {"old"}).device == 0
+    with pytest.raises(InsufficientMemoryError, match=r"22\.0 GiB are free even without old"):
+        place(wish(gpu_bytes=23 * GIB), [device], claims, (), {"old"})
+
+
+def test_what_was_promised_to_another_is_not_free_although_a_victim_leaves():
+    claims = [
+        Claim(model_id="old", device=0, num_bytes=20 * GIB, is_taken=True),
+        Claim(model_id="rival", device=0, num_bytes=18 * GIB),
+    ]
+    assert free_bytes(gpu(0, 2), claims, {"old"}) == 4 * GIB

@@ -7,7 +7,12 @@ from cortex.neuron.residency import (
     Ended,
     EngineLost,
     EngineReady,
+    EngineRecycled,
+    EvictAsked,
+    EvictDropped,
     LoadAsked,
+    RecycleAsked,
+    RecycleDropped,
     Residency,
     UnloadAsked,
     decide,
@@ -150,3 +155,89 @@ def test_recovering_tells_why_and_loaded_does_not():
     recovering = decide(state("loaded"), EngineLost(error=DEATH, now_s=100.0)).state
     assert recovering.error is DEATH
     assert decide(recovering, EngineReady(now_s=101.0)).state.error is None
+
+
+@pytest.mark.parametrize(
+    ("status", "becomes", "effects"),
+    [
+        ("unloaded", "unloaded", (Effect.NOT_RESIDENT,)),
+        ("loading", "loading", (Effect.REFUSE,)),
+        ("loaded", "draining", (Effect.PAUSE,)),
+        ("recovering", "recovering", (Effect.REFUSE,)),
+        ("failed", "failed", (Effect.NOT_RESIDENT,)),
+        ("draining", "draining", (Effect.WAIT_FOR_END,)),
+    ],
+)
+def test_an_eviction_meets_every_state(status, becomes, effects):
+    decision = decide(state(status), EvictAsked(now_s=1000.0))
+    assert (decision.state.status, decision.effects) == (becomes, effects)
+
+
+def test_an_eviction_that_is_dropped_leaves_the_model_loaded():
+    leaving = decide(state("loaded", restarts=1), EvictAsked(now_s=200.0)).state
+    assert leaving.is_reversible
+    back = decide(leaving, EvictDropped(now_s=201.0))
+    assert back.effects == (Effect.RESUME,)
+    assert back.state == Residency(status="loaded", since_s=201.0, restarts=1)
+
+
+def test_an_eviction_that_goes_ahead_is_an_unload_that_cannot_be_dropped():
+    leaving = decide(state("loaded"), EvictAsked(now_s=200.0)).state
+    gone = decide(leaving, UnloadAsked(now_s=201.0))
+    assert gone.effects == (Effect.DRAIN,)
+    dropped = decide(gone.state, EvictDropped(now_s=202.0))
+    assert (dropped.state, dropped.effects) == (gone.state, ())
+
+
+def test_a_model_that_makes_room_for_one_load_cannot_for_another():
+    leaving = decide(state("loaded"), EvictAsked(now_s=200.0)).state
+    assert decide(leaving, EvictAsked(now_s=201.0)).effects == (Effect.REFUSE,)
+
+
+@pytest.mark.parametrize("status", ["unloaded", "loading", "recovering", "failed"])
+def test_dropping_what_never_began_changes_nothing(status):
+    for event in (EvictDropped(now_s=1.0), RecycleDropped(now_s=1.0), EngineRecycled(now_s=1.0)):
+        assert decide(state(status), event) == Decision(state=state(status))
+
+
+@pytest.mark.parametrize(
+    ("status", "effects"),
+    [
+        ("unloaded", (Effect.NOT_RESIDENT,)),
+        ("loading", (Effect.REFUSE,)),
+        ("loaded", (Effect.PAUSE,)),
+        ("recovering", (Effect.REFUSE,)),
+        ("failed", (Effect.NOT_RESIDENT,)),
+        ("draining", (Effect.REFUSE,)),
+    ],
+)
+def test_a_recycling_meets_every_state(status, effects):
+    decision = decide(state(status), RecycleAsked(now_s=1000.0))
+    assert (decision.state.status, decision.effects) == (status, effects)
+    assert decision.state.is_recycling == (status == "loaded")
+
+
+def test_a_recycling_ends_the_engine_once_and_is_loaded_again_when_the_next_serves():
+    recycling = decide(state("loaded", restarts=2), RecycleAsked(now_s=200.0)).state
+    assert decide(recycling, RecycleAsked(now_s=201.0)).effects == (Effect.JOIN,)
+    starting = decide(recycling, EngineRecycled(now_s=202.0))
+    assert (starting.state.status, starting.effects) == ("recovering", (Effect.RESTART,))
+    assert decide(starting.state, RecycleAsked(now_s=203.0)).effects == (Effect.JOIN,)
+    ready = decide(starting.state, EngineReady(now_s=204.0)).state
+    # It was no fault of the engine's, so it counts against no bound.
+    assert ready == Residency(status="loaded", since_s=204.0, restarts=2)
+
+
+def test_a_recycling_that_finds_no_pause_is_dropped():
+    recycling = decide(state("loaded"), RecycleAsked(now_s=200.0)).state
+    dropped = decide(recycling, RecycleDropped(now_s=230.0))
+    assert (dropped.state.status, dropped.effects) == ("loaded", (Effect.RESUME,))
+    assert not dropped.state.is_recycling
+
+
+def test_an_engine_that_dies_while_it_is_recycled_is_restarted_like_any_other():
+    recycling = decide(state("loaded"), RecycleAsked(now_s=200.0)).state
+    for current in (recycling, decide(recycling, EngineRecycled(now_s=201.0)).state):
+        lost = decide(current, EngineLost(error=DEATH, now_s=202.0))
+        assert lost.effects == (Effect.CLOSE, Effect.RESTART)
+        assert not lost.state.is_recycling

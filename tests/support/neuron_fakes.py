@@ -34,7 +34,9 @@ class FakeProbe:
         if self.fails:
             raise OSError("the driver is gone")
         memory = [
-            DeviceMemory(index=index, total_bytes=64 * GIB, free_bytes=int(free * GIB))
+            DeviceMemory(
+                index=index, total_bytes=max(64 * GIB, int(free * GIB)), free_bytes=int(free * GIB)
+            )
             for index, free in self.free_gib.items()
         ]
         devices = [
