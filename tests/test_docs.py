@@ -19,6 +19,8 @@ STRUCTS = [
     config.NeuronAddress,
     entitlements.Entitlements,
     entitlements.ApiKey,
+    entitlements.LimitsConfig,
+    entitlements.Window,
     config.Upstream,
     config.NeuronConfig,
     config.HarnessName,
@@ -27,7 +29,7 @@ STRUCTS = [
     config.Admission,
     catalogue.CatalogueModel,
 ]
-TABLES = {"gateway", "eviction", "neurons", "entitlements", "keys", "upstream"} | {
+TABLES = {"limits", "gateway", "eviction", "neurons", "entitlements", "keys", "upstream"} | {
     "harnesses",
     "default_models",
     "harness",

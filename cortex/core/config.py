@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from cortex.core.entitlements import Entitlements
+from cortex.core.entitlements import Entitlements, LimitsConfig
 from cortex.core.errors import ConfigError
 from cortex.core.trust import Trust, settle_trust
 
@@ -92,6 +92,7 @@ class GatewayConfig(_Config, Trust, frozen=True):
     neurons: list[NeuronAddress] = []
     models_config: str | None = None
     entitlements: Entitlements = Entitlements()
+    limits: LimitsConfig = LimitsConfig()
     upstream: Upstream = Upstream()
 
     def __post_init__(self) -> None:
@@ -183,10 +184,7 @@ class NeuronConfig(_Config, Trust, frozen=True):
 
 # Keys of the original that this program does not act on, each with the way out. `[]` stands
 # for any element of a list. A present key stops the start.
-_NO_BUDGETS = "token budgets are not supported; remove it"
 _REFUSED_GATEWAY = {
-    "entitlements.keys[].hard_cap": _NO_BUDGETS,
-    "entitlements.keys[].window": _NO_BUDGETS,
     "nodes": "the table is called [[neurons]] with `name` and `endpoint`",
 }
 _NO_CALLERS = "admission does not tell callers apart; remove it"

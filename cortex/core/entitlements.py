@@ -1,25 +1,41 @@
-"""`[entitlements]` of cortex.toml: who may call, and for what."""
+"""`[entitlements]` and `[limits]` of cortex.toml: who may call, for what, and how much."""
 
 import hashlib
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
+Count = Annotated[int, Meta(gt=0)]
 Name = Annotated[str, Meta(min_length=1)]
 KeyHash = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+STORAGE_SCHEMES = ("redis", "rediss", "redis+unix", "valkey", "valkeys", "valkey+unix")
 
 
 class _Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Base of these tables: a typo stops the start."""
 
 
+class Window(_Config, frozen=True):
+    """`window` of a key's `hard_cap`: spent for good, or free again as time passes."""
+
+    kind: Literal["balance", "rolling"] = "balance"
+    seconds: Count | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind == "rolling") != (self.seconds is not None):
+            raise ValueError("window: `seconds` goes with kind = 'rolling' and only with it")
+
+
 class ApiKey(_Config, frozen=True):
-    """`[[entitlements.keys]]`: one key that may call the API, and what for.
+    """`[[entitlements.keys]]`: one key that may call the API, what for, and how much.
 
     Attributes:
         key, key_sha256: the key itself, or the SHA-256 of it in hex; one of the two.
         models: names and globs of the models it may use; None for all.
+        max_concurrent: requests at once, in each gateway.
+        hard_cap: tokens within `window`.
     """
 
     account_id: Name
@@ -27,12 +43,23 @@ class ApiKey(_Config, frozen=True):
     key_sha256: KeyHash | None = None
     key_id: Name | None = None
     models: list[Name] | None = None
+    max_concurrent: Count | None = None
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
+    tokens_per_day: Count | None = None
+    hard_cap: Count | None = None
+    window: Window | None = None
 
     def __post_init__(self) -> None:
         if (self.key is None) == (self.key_sha256 is None):
             raise ValueError(
                 f"a key of account {self.account_id}: give `key` or `key_sha256`, one of the two "
                 "(`cortex keys new` makes one and prints its entry)"
+            )
+        if self.window is not None and self.hard_cap is None:
+            raise ValueError(
+                f"a key of account {self.account_id}: `window` says when `hard_cap` is free again; "
+                "set hard_cap or remove window"
             )
 
     @property
@@ -78,6 +105,31 @@ class Entitlements(_Config, frozen=True):
             msgspec.structs.replace(each, key=None, key_sha256=each.sha256) for each in self.keys
         ]
         return msgspec.structs.replace(self, keys=keys)
+
+
+class LimitsConfig(_Config, frozen=True):
+    """`[limits]`: where the counters of rates and budgets are kept.
+
+    Attributes:
+        storage: `memory` (this gateway alone), or the URL of a Redis or Valkey server.
+        on_storage_error: whether requests pass uncounted while the server does not answer.
+        reserve_output_tokens: the most that is set aside for an answer before its length is known.
+        usage_log: log a line for each finished request of a known key.
+    """
+
+    storage: str = "memory"
+    on_storage_error: Literal["allow", "refuse"] = "allow"
+    reserve_output_tokens: Count = 4096
+    usage_log: bool = False
+
+    def __post_init__(self) -> None:
+        scheme, separator, _ = self.storage.partition("://")
+        if self.storage != "memory" and not (separator and scheme in STORAGE_SCHEMES):
+            # The URL may hold a password, so it is not quoted.
+            raise ValueError(
+                "limits.storage: `memory`, or the URL of a Redis or Valkey server such as "
+                "redis://host:6379/0"
+            )
 
 
 def hash_key(key: str) -> str:

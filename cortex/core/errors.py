@@ -184,12 +184,35 @@ class CheckpointError(CortexError):
     kind = "invalid_request_error"
 
 
+class RateLimitError(CortexError):
+    """The key has used up what it may for the moment."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    kind = "rate_limit_error"
+    retryable = True
+
+
+class QuotaExceededError(CortexError):
+    """The key has used up a budget that does not come back by itself."""
+
+    status = 429
+    code = "insufficient_quota"
+    kind = "insufficient_quota"
+
+
 class ServiceUnavailableError(CortexError):
     """Nothing can serve this now; retry later."""
 
     status = 503
     code = "service_unavailable"
     retryable = True
+
+
+class LimitsUnavailableError(ServiceUnavailableError):
+    """The store of rates and budgets does not answer."""
+
+    code = "limits_unavailable"
 
 
 class QueueFullError(ServiceUnavailableError):

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from starlette.types import ASGIApp
 
@@ -16,6 +17,7 @@ from cortex.gateway.dispatch import Dispatcher
 from cortex.gateway.edge import KeyMiddleware, MetricsGuard
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.handlers import Handlers, metrics_routes
+from cortex.gateway.limiter import Limiter
 from cortex.gateway.live import Live
 from cortex.gateway.loads import Loads
 from cortex.gateway.metrics import Metrics
@@ -38,14 +40,23 @@ class GatewayApps:
     routing: Routing
 
 
+def unix_s() -> float:
+    """Return the seconds since 1970."""
+    return datetime.now(UTC).timestamp()
+
+
 @asynccontextmanager
 async def open_apps(
     config: GatewayConfig,
     catalogue: Catalogue,
     *,
     clock: Callable[[], float] = time.monotonic,
+    wall_clock: Callable[[], float] = unix_s,
 ) -> AsyncIterator[GatewayApps]:
     """Run the gateway's background work for as long as the context is open.
+
+    Args:
+        clock, wall_clock: monotonic seconds, and seconds since 1970.
 
     On leaving, polls and loads are cancelled; a neuron goes on with a load it has begun.
     """
@@ -54,13 +65,16 @@ async def open_apps(
     fleet = Fleet(((each.name, each.endpoint) for each in config.neurons), clock)
     gatekeeper = Gatekeeper(config.entitlements)
     live.on_change(lambda: gatekeeper.reload(live.config.entitlements))
+    metrics = Metrics(fleet)
+    limiter = Limiter(config.limits, metrics, wall_clock=wall_clock, clock=clock)
+    live.on_change(lambda: limiter.reload(live.config.limits))
     failure: Exception | None = None
     routing = Routing(live, fleet, RateBook(), clock=clock)
     async with open_client(settings.connect_s, config) as client, asyncio.TaskGroup() as tasks:
         live.on_change(lambda: client.show_secret(live.config.fleet_secret))
         watch = Watch(client, fleet, live, tasks=tasks, clock=clock)
         watch.sync()
-        metrics = Metrics(fleet)
+        settling = tasks.create_task(limiter.run(), name="limits")
         loads = Loads(
             client,
             fleet,
@@ -87,11 +101,12 @@ async def open_apps(
                 poke=watch.poke,
                 clock=clock,
             ),
+            metrics=metrics,
         )
         try:
             await watch.first_round()
             yield GatewayApps(
-                api=KeyMiddleware(build_app(handlers.routes()), gatekeeper),
+                api=KeyMiddleware(build_app(handlers.routes()), gatekeeper, limiter),
                 metrics=MetricsGuard(build_app(metrics_routes(metrics)), gatekeeper),
                 fleet=fleet,
                 loads=loads,
@@ -103,5 +118,7 @@ async def open_apps(
             loads.cancel()
             stewarding.cancel()
             watch.cancel()
+            await limiter.close()
+            settling.cancel()
     if failure is not None:
         raise failure

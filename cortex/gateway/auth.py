@@ -11,6 +11,7 @@ import msgspec
 
 from cortex.core.entitlements import ApiKey, Entitlements, hash_key
 from cortex.core.errors import AuthenticationError
+from cortex.gateway.windows import Rule, rules_of
 
 KEY_PREFIX = "sk-cortex-"
 KEY_BYTES = 32
@@ -26,11 +27,13 @@ class Caller:
 
     Attributes:
         entry: what the configuration says of the key.
+        rules: its rates and budgets.
     """
 
     account_id: str = ""
     key_id: str = ""
     entry: ApiKey | None = None
+    rules: tuple[Rule, ...] = ()
 
     @property
     def is_known(self) -> bool:
@@ -38,15 +41,22 @@ class Caller:
         return self.entry is not None
 
     @property
+    def is_limited(self) -> bool:
+        """Whether anything bounds how much it may use."""
+        return bool(self.rules) or (
+            self.entry is not None and self.entry.max_concurrent is not None
+        )
+
+    @property
     def sees_all(self) -> bool:
         """Whether no list of models bounds what it may use."""
         return self.entry is None or self.entry.models is None
 
-    def may_use(self, *names: str) -> bool:
-        """Whether one of a model's names is on the key's list, or there is no list."""
+    def may_use(self, name: str) -> bool:
+        """Whether a name is on the key's list of models, or there is no list."""
         if self.entry is None or self.entry.models is None:
             return True
-        return any(fnmatchcase(name, pattern) for name in names for pattern in self.entry.models)
+        return any(fnmatchcase(name, pattern) for pattern in self.entry.models)
 
 
 ANONYMOUS = Caller()
@@ -68,7 +78,9 @@ class Gatekeeper:
         self._required = entitlements.require_auth
         self._metrics_required = entitlements.metrics_require_auth
         self._callers = {
-            self._place(each.sha256): Caller(account_id=each.account_id, key_id=each.id, entry=each)
+            self._place(each.sha256): Caller(
+                account_id=each.account_id, key_id=each.id, entry=each, rules=rules_of(each)
+            )
             for each in entitlements.keys
         }
 

@@ -62,6 +62,7 @@ class Ask:
         headers: those that the node is to see.
         caller: whom it is counted for.
         session: names the conversation it belongs to, where the caller says so.
+        note: told at the end what it came to, however it ended.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Ask:
     headers: Mapping[str, str] = field(default_factory=dict)
     caller: Caller = ANONYMOUS
     session: str = ""
+    note: Callable[[RequestTiming], None] = lambda _: None
 
 
 class Translator(Protocol):
@@ -266,6 +268,7 @@ class Dispatcher:
         journey.timing.duration_s = self._clock() - journey.arrival_s
         journey.end_leg(journey.timing)
         self._metrics.record(journey.timing)
+        journey.ask.note(journey.timing)
 
     async def _is_warm(self, journey: _Journey) -> bool:
         """Whether the request can go on at once, after a short wait for a load to get ready."""

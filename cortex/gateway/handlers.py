@@ -20,12 +20,13 @@ from cortex.core.web import (
     json_response,
     read_body,
 )
-from cortex.gateway.auth import Caller
+from cortex.gateway.auth import Caller, refusal
 from cortex.gateway.dispatch import Ask, Dispatcher
 from cortex.gateway.edge import visit_of
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.live import Live
 from cortex.gateway.metrics import CONTENT_TYPE, Metrics
+from cortex.gateway.usage import usage_report
 from cortex.gateway.views import health_report, model_card, model_cards
 
 CHAT_PATH = "/v1/chat/completions"
@@ -71,16 +72,19 @@ class Handlers:
         live: Live,
         fleet: Fleet,
         dispatcher: Dispatcher,
+        metrics: Metrics,
     ) -> None:
         self._live = live
         self._fleet = fleet
         self._dispatcher = dispatcher
+        self._metrics = metrics
 
     def routes(self) -> list[Route]:
         """Return the API's routes; `gateway.edge` asks for a key before any of them."""
         return [
             Route("/", self._health, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
+            Route("/v1/usage", _with_caller(self._usage), methods=["GET"]),
             Route("/v1/models", _with_caller(self._models), methods=["GET"]),
             Route("/v1/models/{name:path}", _with_caller(self._model), methods=["GET"]),
             Route(CHAT_PATH, _with_caller(self._chat), methods=["POST"]),
@@ -95,11 +99,18 @@ class Handlers:
             report = msgspec.structs.replace(report, unservable=[], details=[])
         return json_response(report)
 
+    async def _usage(self, request: Request, caller: Caller) -> Response:
+        if not caller.is_known:
+            raise refusal(request.headers.raw)
+        standings = await visit_of(request.scope).standings()
+        models = self._metrics.usage(caller.account_id, caller.key_id)
+        return json_response(usage_report(caller, standings, models))
+
     async def _models(self, request: Request, caller: Caller) -> Response:
         cards = [
             card
             for card in model_cards(self._fleet.snapshot(), self._live.catalogue)
-            if caller.may_use(card.id, self._live.catalogue.resolve(card.id))
+            if self._allows(caller, card.id)
         ]
         if dialect_of(request.scope) == "anthropic":
             return json_response(anthropic.model_list(cards))
@@ -124,21 +135,42 @@ class Handlers:
         Raises:
             ModelNotFoundError: the key has a list and the model is not on it.
         """
-        if caller.sees_all:
-            return
-        catalogue = self._live.catalogue
-        model_id = catalogue.resolve(name)
-        known = catalogue.find(model_id) is not None or self._fleet.snapshot().lists(model_id)
         # The router's own words for an unknown name list all there are.
-        if not known or not caller.may_use(name, model_id):
+        if not self._allows(caller, name):
             raise _no_such_model(name)
+
+    def _allows(self, caller: Caller, name: str) -> bool:
+        """Whether a key may use what goes by a name; False also where nothing does.
+
+        A model that is reached by a pattern among the aliases is judged by its own id: such names
+        are made up by callers.
+        """
+        if caller.sees_all:
+            return True
+        catalogue, snapshot = self._live.catalogue, self._fleet.snapshot()
+        targets = catalogue.targets(name, is_listed=snapshot.lists(name))
+        if not any(snapshot.lists(each) or catalogue.find(each) is not None for each in targets):
+            return False
+        if name in catalogue.names and caller.may_use(name):
+            return True
+        return all(caller.may_use(each) for each in targets)
+
+    async def _admit(self, request: Request, name: str, body: bytes | None) -> None:
+        """Check the model's name, then count the request against its key's limits.
+
+        Args:
+            body: what is read to estimate its tokens; None where it spends none.
+        """
+        visit = visit_of(request.scope)
+        self._check_model(visit.caller, name)
+        await visit.admit(body)
 
     async def _chat(self, request: Request, caller: Caller) -> ASGIApp:
         body = await self._body(request)
         head = decode_body(_head_decoder, body)
         if not head.model:
             raise MissingModelError("the request names no model; set `model`", param="model")
-        self._check_model(caller, head.model)
+        await self._admit(request, head.model, body)
         ask = Ask(
             name=head.model,
             path=CHAT_PATH,
@@ -146,6 +178,7 @@ class Handlers:
             headers=_forwarded(request),
             caller=caller,
             session=_session(request),
+            note=visit_of(request.scope).note,
         )
         if head.stream:
             return EventStream(
@@ -160,7 +193,7 @@ class Handlers:
     async def _messages(self, request: Request, caller: Caller) -> ASGIApp:
         body = await self._body(request)
         message = decode_body(_messages_decoder, body)
-        self._check_model(caller, message.model)
+        await self._admit(request, message.model, body)
         chat = translate.to_openai(
             message, drop_billing_header=self._live.settings.strip_billing_header
         )
@@ -171,6 +204,7 @@ class Handlers:
             headers=_forwarded(request),
             caller=caller,
             session=_session(request),
+            note=visit_of(request.scope).note,
         )
         if message.stream:
             translator = StreamTranslator(message.model)
@@ -187,7 +221,7 @@ class Handlers:
     async def _count_tokens(self, request: Request, caller: Caller) -> Response:
         body = await self._body(request)
         message = decode_body(_count_decoder, body)
-        self._check_model(caller, message.model)
+        await self._admit(request, message.model, None)
         chat = translate.to_openai(
             message, drop_billing_header=self._live.settings.strip_billing_header
         )

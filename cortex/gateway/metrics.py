@@ -9,12 +9,17 @@ from prometheus_client.registry import Collector
 
 from cortex.core.build import version
 from cortex.gateway.fleet import Fleet, NodeView
+from cortex.gateway.usage import ModelUsage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 DURATION_BUCKETS_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
 TTFT_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120)
 TOKEN_RATE_BUCKETS = (1, 2.5, 5, 10, 15, 20, 30, 40, 60, 80, 120, 200)
+
+# Keys times models that get series of their own; keys come and go with the configuration.
+MAX_KEY_SERIES = 5000
+OTHER_MODELS = "other"
 
 _LABELS = ("model", "node")
 _REJECTIONS = (("queue_full", "rejected_queue_full"), ("wait_timeout", "rejected_timeout"))
@@ -100,6 +105,31 @@ class Metrics:
         self._spend = self._by_caller("cortex_spend_tokens", "Prompt and answer tokens.")
         self._spend_prompt = self._by_caller("cortex_spend_prompt_tokens", "Prompt tokens.")
         self._spend_completion = self._by_caller("cortex_spend_completion_tokens", "Answer tokens.")
+        self._by_model = Counter(
+            "cortex_key_requests",
+            "Requests by key and model.",
+            ("account", "key", "model"),
+            registry=self.registry,
+        )
+        self._tokens_by_model = Counter(
+            "cortex_key_tokens",
+            "Tokens by key, model and kind (prompt, completion, cached).",
+            ("account", "key", "model", "kind"),
+            registry=self.registry,
+        )
+        self._usage: dict[tuple[str, str], dict[str, ModelUsage]] = {}
+        self._num_key_series = 0
+        self._refusals = Counter(
+            "cortex_limit_refusals",
+            "Requests refused by a limit of their key.",
+            ("account", "key", "limit"),
+            registry=self.registry,
+        )
+        self._limits_faults = Counter(
+            "cortex_limits_storage_errors",
+            "Calls of the store of limits that failed or were not made.",
+            registry=self.registry,
+        )
         self._loads = Counter(
             "cortex_model_loads",
             "Loads that ended, by outcome (loaded, failed).",
@@ -154,6 +184,39 @@ class Metrics:
             self._spend.labels(*caller).inc(timing.prompt_tokens + timing.completion_tokens)
             self._spend_prompt.labels(*caller).inc(timing.prompt_tokens)
             self._spend_completion.labels(*caller).inc(timing.completion_tokens)
+            self._record_by_model(timing)
+
+    def usage(self, account: str, key: str) -> list[ModelUsage]:
+        """Return what a key has spent, by model."""
+        return list(self._usage.get((account, key), {}).values())
+
+    def _record_by_model(self, timing: RequestTiming) -> None:
+        models = self._usage.setdefault((timing.account, timing.key), {})
+        name = timing.model
+        if name not in models:
+            if self._num_key_series >= MAX_KEY_SERIES:
+                name = OTHER_MODELS
+            models.setdefault(name, ModelUsage(model=name))
+            self._num_key_series += 1
+        spent = models[name]
+        spent.requests += 1
+        spent.prompt_tokens += timing.prompt_tokens
+        spent.completion_tokens += timing.completion_tokens
+        spent.cached_tokens += timing.cached_tokens
+        labels = (timing.account, timing.key, name)
+        self._by_model.labels(*labels).inc()
+        counts = self._tokens_by_model
+        counts.labels(*labels, "prompt").inc(timing.prompt_tokens)
+        counts.labels(*labels, "completion").inc(timing.completion_tokens)
+        counts.labels(*labels, "cached").inc(timing.cached_tokens)
+
+    def record_refusal(self, account: str, key: str, limit: str) -> None:
+        """Count a request that a limit of its key turned away."""
+        self._refusals.labels(account, key, limit).inc()
+
+    def record_limits_fault(self) -> None:
+        """Count a call of the store of limits that came to nothing."""
+        self._limits_faults.inc()
 
     def record_cold_start(self, model: str, node: str) -> None:
         """Count a load that a request made this gateway begin."""

@@ -96,6 +96,7 @@ class StreamMeter:
         self._first_s: float | None = None
         self._last_s = arrival_s
         self._num_deltas = 0
+        self._opening: Usage | None = None
 
     def feed(self, chunk: bytes) -> None:
         """Note a chunk that goes by."""
@@ -104,6 +105,8 @@ class StreamMeter:
             self._last_s = self._clock()
         self._tail.append(chunk)
         if self._first_s is None:
+            # The prompt's count comes with the first chunk, long gone when a client leaves late.
+            self._opening = self._opening or _usage_in(chunk)
             if _CONTENT.search(self._overlap + chunk) is None:
                 self._overlap = (self._overlap + chunk)[-OVERLAP_BYTES:]
                 return
@@ -141,9 +144,11 @@ class StreamMeter:
         if usage is not None:
             note_usage(self._timing, usage)
         else:
-            # Nobody asked for usage, or the client left: the chunks that went by are a lower
-            # bound, and closer to the truth than nothing.
-            self._timing.completion_tokens = self._num_deltas
+            # The client left or the node tells none: the chunks that went by are a lower bound,
+            # and closer to the truth than nothing.
+            if self._opening is not None:
+                note_usage(self._timing, self._opening)
+            self._timing.completion_tokens = max(0, self._num_deltas)
 
     def _tail_bytes(self) -> bytes:
         return b"".join(self._tail)[-MAX_TAIL_BYTES:]

@@ -7,6 +7,7 @@ from cortex.core.config import (
     load_neuron_config,
     parse_address,
 )
+from cortex.core.entitlements import Window
 from cortex.core.errors import ConfigError
 
 ORIGINAL_GATEWAY = """
@@ -26,6 +27,8 @@ require_auth = true
 key = "sk-1"
 account_id = "alice"
 key_id = "k1"
+hard_cap = 100000
+window = { kind = "rolling", seconds = 3600 }
 [upstream]
 enabled = false
 url = "http://accounts"
@@ -63,6 +66,7 @@ def test_every_key_of_the_originals_gateway_file_loads(tmp_path: Path):
     assert config.eviction.strategy == "priority"
     assert config.neurons[0].endpoint == "http://beast:13131"
     assert config.entitlements.keys[0].account_id == "alice"
+    assert config.entitlements.keys[0].window == Window(kind="rolling", seconds=3600)
     assert config.models_config == str(tmp_path / "models.toml")
 
 

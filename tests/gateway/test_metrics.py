@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from cortex.core.neuron_api import DeviceHealth, ModelInfo, ModelLoad, NeuronHealth
-from cortex.core.openai import SSE_DONE, Usage, usage_comment
+from cortex.core.openai import SSE_DONE, PromptTokensDetails, Usage, usage_comment
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.metrics import Metrics, RequestTiming
 from cortex.gateway.proxy import StreamMeter
@@ -251,6 +251,21 @@ def test_usage_that_the_caller_did_not_ask_for_is_read_from_the_nodes_comment() 
     assert meter.has_ended
     meter.close()
     assert (timing.prompt_tokens, timing.completion_tokens) == (7, 3)
+
+
+def test_of_a_stream_that_is_left_the_prompt_is_known_from_its_first_chunk() -> None:
+    timing = RequestTiming(model="m")
+    meter = StreamMeter(timing, 0.0, Clock())
+    told = Usage(
+        prompt_tokens=7,
+        completion_tokens=0,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=2),
+    )
+    meter.feed(usage_comment(told) + chunk('{"role":"assistant","content":""}'))
+    for _ in range(100):
+        meter.feed(chunk('{"content":"a"}'))
+    meter.close()
+    assert (timing.prompt_tokens, timing.completion_tokens, timing.cached_tokens) == (7, 100, 2)
 
 
 def test_an_answer_that_quotes_the_end_mark_has_not_ended() -> None:

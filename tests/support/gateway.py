@@ -13,10 +13,10 @@ import msgspec
 
 from cortex.core.catalogue import Catalogue
 from cortex.core.config import Eviction, GatewayConfig, GatewayListen, NeuronAddress
-from cortex.core.entitlements import ApiKey, Entitlements
+from cortex.core.entitlements import ApiKey, Entitlements, LimitsConfig
 from cortex.core.serve import Listener, serve
 from cortex.core.trust import Trust
-from cortex.gateway.app import GatewayApps, open_apps
+from cortex.gateway.app import GatewayApps, open_apps, unix_s
 from cortex.gateway.neuron_client import OPEN_FLEET
 
 
@@ -79,6 +79,8 @@ async def run_gateway(
     clock: Callable[[], float] = time.monotonic,
     eviction: Mapping[str, Any] | None = None,
     trust: Trust = OPEN_FLEET,
+    limits: LimitsConfig | None = None,
+    wall_clock: Callable[[], float] = unix_s,
     **settings: Any,
 ) -> AsyncIterator[RunningGateway]:
     """Serve a gateway over nodes (name: endpoint); `settings` are those of `[gateway]`.
@@ -95,12 +97,13 @@ async def run_gateway(
         or Entitlements(
             require_auth=bool(keys), keys=[ApiKey(key=key, account_id="test") for key in keys]
         ),
+        limits=limits or LimitsConfig(),
         **msgspec.structs.asdict(trust),
     )
     shutdown = asyncio.Event()
     bound: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
     async with (
-        open_apps(config, catalogue or Catalogue(), clock=clock) as apps,
+        open_apps(config, catalogue or Catalogue(), clock=clock, wall_clock=wall_clock) as apps,
         asyncio.TaskGroup() as tasks,
     ):
         listeners = [
