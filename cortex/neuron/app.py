@@ -29,6 +29,7 @@ from cortex.neuron.library import DEMO_DISTRIBUTIONS, Entry, Library
 from cortex.neuron.lifecycle import Lifecycle
 from cortex.neuron.metrics import Metrics
 from cortex.neuron.native import NativeHarness
+from cortex.neuron.peaks import Peaks
 from cortex.neuron.scope import task_scope
 from cortex.neuron.scratch import ScratchFolder, sweep
 from cortex.neuron.views import Views
@@ -66,6 +67,8 @@ async def open_app(
         clock=clock,
     )
     await asyncio.to_thread(library.scan)
+    peaks = Peaks(Path(config.state_dir or user_cache_dir()) / "memory_peaks.json")
+    await asyncio.to_thread(peaks.load)
     metrics = Metrics()
     hub = Hub(cache_dir=torch.hf_cache)
     cache_dir, scratch = _cache_dir(Path(config.state_dir or user_cache_dir()) / "tokenizers")
@@ -85,6 +88,7 @@ async def open_app(
         config=torch,
         harnesses=[harness],
         monitor=monitor,
+        peaks=peaks,
         metrics=metrics,
         clock=clock,
         on_change=lambda model_id: events.changed(model_id),

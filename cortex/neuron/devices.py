@@ -28,7 +28,12 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """The state of all devices at one moment."""
+    """The state of all devices at one moment.
+
+    Attributes:
+        processes: bytes by device index and process id, of processes that were asked for.
+    """
 
     devices: list[DeviceHealth] = field(default_factory=list)
     memory: list[DeviceMemory] = field(default_factory=list)
+    processes: dict[tuple[int, int], int] = field(default_factory=dict)

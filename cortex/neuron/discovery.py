@@ -7,7 +7,7 @@ the last reading.
 import logging
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,15 +31,15 @@ class Probe(Protocol):
     def hardware(self) -> Hardware:
         """Return what is there; never raises."""
 
-    def read(self) -> Reading:
-        """Return how it is now; raises OSError if that cannot be said."""
+    def read(self, pids: Collection[int]) -> Reading:
+        """Return how it is now, and what some processes take; OSError if that cannot be said."""
 
 
 class NvmlProbe:
     """NVIDIA devices through NVML, and the host's memory through /proc."""
 
-    def __init__(self, meminfo: Path = Path("/proc/meminfo")) -> None:
-        self._meminfo = meminfo
+    def __init__(self, proc: Path = Path("/proc")) -> None:
+        self._proc = proc
         self._has_nvml = False
 
     def hardware(self) -> Hardware:
@@ -60,9 +60,14 @@ class NvmlProbe:
             self._has_nvml = False
             return Hardware(cuda_unavailable_reason=_why_not(exc))
 
-    def read(self) -> Reading:
+    def read(self, pids: Collection[int]) -> Reading:
         """Return memory, load and temperature of all devices, the host's memory among them."""
-        memory = [_host_memory(self._meminfo)]
+        memory = [_host_memory(self._proc / "meminfo")]
+        processes = {
+            (HOST, pid): num_bytes
+            for pid in pids
+            if (num_bytes := _anonymous_bytes(self._proc / str(pid) / "status")) is not None
+        }
         devices = []
         if self._has_nvml:
             try:
@@ -70,9 +75,12 @@ class NvmlProbe:
                     health, device_memory = _read_device(index)
                     devices.append(health)
                     memory.append(device_memory)
+                    for pid, num_bytes in _process_bytes(index).items() if pids else ():
+                        if pid in pids:
+                            processes[index, pid] = num_bytes
             except _nvml.NVMLError as exc:
                 raise OSError(f"NVML: {exc}") from exc
-        return Reading(devices=devices, memory=memory)
+        return Reading(devices=devices, memory=memory, processes=processes)
 
 
 def _why_not(exc: Exception) -> str:
@@ -115,6 +123,29 @@ def _read_device(index: int) -> tuple[DeviceHealth, DeviceMemory]:
     )
 
 
+def _process_bytes(index: int) -> dict[int, int]:
+    """Return what processes take of a GPU, as far as the driver tells."""
+    handle = _nvml.nvmlDeviceGetHandleByIndex(index)
+    try:
+        running = _nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except _nvml.NVMLError:
+        return {}
+    return {int(each.pid): int(each.usedGpuMemory) for each in running if each.usedGpuMemory}
+
+
+def _anonymous_bytes(status: Path) -> int | None:
+    """Return what a process holds that no file backs; None if it is gone.
+
+    Pages of weights that are mapped from a file go by themselves when memory is short.
+    """
+    try:
+        lines = status.read_text().splitlines()
+    except OSError:
+        return None
+    rows = [line.split() for line in lines if line.startswith(("RssAnon:", "RssShmem:"))]
+    return sum(int(row[1]) << 10 for row in rows) if rows else None
+
+
 def _host_memory(meminfo: Path) -> DeviceMemory:
     values = {}
     for line in meminfo.read_text().splitlines():
@@ -128,12 +159,17 @@ def _host_memory(meminfo: Path) -> DeviceMemory:
 
 
 class Monitor:
-    """Reads a probe every READ_EVERY_S in a thread of its own and keeps the last reading."""
+    """Reads a probe every READ_EVERY_S in a thread of its own and keeps the last reading.
+
+    Attributes:
+        pids: processes whose memory is to be read.
+    """
 
     def __init__(self, probe: Probe, *, read_every_s: float = READ_EVERY_S) -> None:
         self.hardware = Hardware()
         self.reading = Reading()
         self.num_failures = 0
+        self.pids: frozenset[int] = frozenset()
         self._probe = probe
         self._read_every_s = read_every_s
         self._lock = threading.Condition()
@@ -189,7 +225,7 @@ class Monitor:
         self.hardware = self._probe.hardware()
 
     def _read_once(self) -> None:
-        self.reading = self._probe.read()
+        self.reading = self._probe.read(self.pids)
 
     def _guard(self, read: Callable[[], None]) -> None:
         try:

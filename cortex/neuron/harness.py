@@ -59,6 +59,10 @@ class Engine(Protocol):
         """Set when nothing is left of it."""
 
     @property
+    def pid(self) -> int | None:
+        """The process whose memory is the model's; None where none is that can be measured."""
+
+    @property
     def stats(self) -> EngineStats:
         """What it last reported of its work."""
 

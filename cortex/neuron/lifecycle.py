@@ -16,15 +16,16 @@ from cortex.core.errors import (
     UnsupportedFieldError,
 )
 from cortex.core.neuron_api import LoadRequest
-from cortex.neuron.devices import DeviceMemory
+from cortex.neuron.devices import DeviceMemory, Reading
 from cortex.neuron.discovery import Monitor
 from cortex.neuron.engine_client import EngineClient, recovering_error
 from cortex.neuron.harness import Harness
 from cortex.neuron.jobs import Job
 from cortex.neuron.ledger import Ledger
 from cortex.neuron.library import Entry
-from cortex.neuron.memory import Claim
+from cortex.neuron.memory import Claim, Wish
 from cortex.neuron.metrics import Metrics
+from cortex.neuron.peaks import Peaks
 from cortex.neuron.reaper import expired, reap
 from cortex.neuron.residency import Effect, LoadAsked, RecycleAsked, UnloadAsked
 from cortex.neuron.resident import (
@@ -60,6 +61,7 @@ class Lifecycle:
         config: TorchHarness,
         harnesses: Sequence[Harness],
         monitor: Monitor,
+        peaks: Peaks,
         metrics: Metrics,
         clock: Callable[[], float],
         on_change: Callable[[str], None] = lambda _: None,
@@ -68,7 +70,7 @@ class Lifecycle:
         self._config = config
         self._clock = clock
         self._roster = Roster(on_change)
-        self._ledger = Ledger(monitor, clock=clock)
+        self._ledger = Ledger(monitor, peaks, clock=clock)
         self._supervisor = Supervisor(
             config=config, roster=self._roster, ledger=self._ledger, metrics=metrics, clock=clock
         )
@@ -80,13 +82,18 @@ class Lifecycle:
         try:
             async with task_scope() as tasks:
                 self._tasks = tasks
-                reaping = tasks.create_task(
-                    reap(self._roster.all, self._unload_idle, self._clock, tasks), name="reaper"
-                )
+                background = [
+                    tasks.create_task(self._ledger.run(), name="ledger"),
+                    tasks.create_task(
+                        reap(self._roster.all, self._unload_idle, self._clock, tasks),
+                        name="reaper",
+                    ),
+                ]
                 try:
                     yield self
                 finally:
-                    reaping.cancel()
+                    for each in background:
+                        each.cancel()
                     await self._close()
         finally:
             self._ledger.close()
@@ -118,6 +125,14 @@ class Lifecycle:
     def free_bytes(self, memory: DeviceMemory) -> int:
         """Return what a load could still take of a device as it was read."""
         return self._ledger.free_bytes(memory)
+
+    def need_bytes(self, wish: Wish) -> int | None:
+        """Return what a load would ask of the devices of this host."""
+        return self._ledger.need_bytes(wish)
+
+    def drift(self, reading: Reading) -> dict[int, int]:
+        """Return, by GPU, the memory in use beyond what models hold."""
+        return self._ledger.drift(reading)
 
     def harness_names(self) -> list[str]:
         """Return the engine kinds of this host."""

@@ -4,8 +4,8 @@ A claim is memory promised to a model. Until its engine has taken it, a reading 
 does not show it, so it is subtracted; afterwards the reading is the truth.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
@@ -81,17 +81,31 @@ class Wish:
     Attributes:
         gpu_bytes: what it needs on a GPU.
         host_bytes: what it needs on the CPU.
+        gpu_cache_bytes, host_cache_bytes: the part of it that is cache.
         devices: None leaves the choice to the neuron; empty means the CPU.
+        dtype, max_model_len: how it is loaded, by which its learned peaks are kept.
+        learned: by device, what it took beside its cache when it was there before.
     """
 
     model_id: str
     gpu_bytes: int
     host_bytes: int
+    gpu_cache_bytes: int = 0
+    host_cache_bytes: int = 0
     devices: Sequence[int] | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    learned: Mapping[int, int] = field(default_factory=dict)
+
+    def cache_bytes(self, device: int) -> int:
+        """Return the cache it wants on a device."""
+        return self.host_cache_bytes if device == HOST else self.gpu_cache_bytes
 
     def need_bytes(self, device: int) -> int:
-        """Return what it needs on a device."""
-        return self.host_bytes if device == HOST else self.gpu_bytes
+        """Return what it needs on a device: the estimate, or what was learned if that is more."""
+        estimate = self.host_bytes if device == HOST else self.gpu_bytes
+        learned = self.learned.get(device, 0)
+        return max(estimate, learned + self.cache_bytes(device)) if learned else estimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,13 +125,18 @@ class Size:
 
 def need_bytes(size: Size, *, on_gpu: bool) -> int:
     """Return what a model needs on a device: weights, cache, states and the process itself."""
+    weights = size.facts.num_parameters * _item_bytes(size.dtype, on_gpu=on_gpu)
+    process = GPU_PROCESS_BYTES if on_gpu else HOST_PROCESS_BYTES
+    return weights + cache_bytes(size, on_gpu=on_gpu) + process
+
+
+def cache_bytes(size: Size, *, on_gpu: bool) -> int:
+    """Return the part of it that is cache: KV blocks and states."""
     item = _item_bytes(size.dtype, on_gpu=on_gpu)
     facts = size.facts
-    weights = facts.num_parameters * item
     context = min(size.max_model_len or facts.max_position_embeddings, MIN_KV_TOKENS)
-    cache = size.cache_bytes or context * facts.kv_elements_per_token * item
-    states = size.max_num_seqs * facts.state_bytes_per_slot_f32
-    return weights + cache + states + (GPU_PROCESS_BYTES if on_gpu else HOST_PROCESS_BYTES)
+    kv = size.cache_bytes or context * facts.kv_elements_per_token * item
+    return kv + size.max_num_seqs * facts.state_bytes_per_slot_f32
 
 
 def place(
@@ -205,6 +224,18 @@ def free_bytes(device: DeviceMemory, claims: Sequence[Claim], leaving: Collectio
     by_reading = device.free_bytes + returned - promised
     by_claims = device.total_bytes - sum(each.num_bytes for each in staying)
     return max(0, min(by_reading, by_claims))
+
+
+def unaccounted_bytes(device: DeviceMemory, claims: Sequence[Claim]) -> int | None:
+    """Return what is in use of a device beyond the claims on it (negative: less than they say).
+
+    None while a claim is not taken yet: the reading may show some of it or nothing.
+    """
+    here = [each for each in claims if each.device == device.index]
+    if not all(each.is_taken for each in here):
+        return None
+    used = device.total_bytes - device.free_bytes
+    return used - sum(each.num_bytes for each in here)
 
 
 def _candidates(wish: Wish, memory: Sequence[DeviceMemory]) -> list[DeviceMemory]:

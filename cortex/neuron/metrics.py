@@ -38,11 +38,16 @@ class RequestTiming:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GaugeSnapshot:
-    """What the gauges show at one moment."""
+    """What the gauges show at one moment.
+
+    Attributes:
+        unaccounted: by GPU, bytes in use beyond what models hold there.
+    """
 
     statuses: dict[str, str]
     models: list[ModelLoad]
     devices: list[DeviceHealth]
+    unaccounted: dict[int, int]
 
 
 class _Gauges(Collector):
@@ -55,6 +60,7 @@ class _Gauges(Collector):
         yield _status_gauge(snapshot.statuses)
         yield from _model_gauges(snapshot.models)
         yield from _device_gauges(snapshot.devices)
+        yield _unaccounted_gauge(snapshot.unaccounted)
 
 
 def _status_gauge(statuses: dict[str, str]) -> Metric:
@@ -100,6 +106,17 @@ def _device_gauges(devices: list[DeviceHealth]) -> Iterator[Metric]:
         for each in devices:
             gauge.add_metric([str(each.index)], float(getattr(each, name)))
         yield gauge
+
+
+def _unaccounted_gauge(unaccounted: dict[int, int]) -> Metric:
+    gauge = GaugeMetricFamily(
+        "cortex_neuron_device_unaccounted_bytes",
+        "Device memory in use beyond what models hold, negative if they hold more",
+        labels=["device"],
+    )
+    for index, num_bytes in unaccounted.items():
+        gauge.add_metric([str(index)], float(num_bytes))
+    return gauge
 
 
 class Metrics:

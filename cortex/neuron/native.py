@@ -21,7 +21,7 @@ from cortex.neuron.harness import ModelNotLoadedError
 from cortex.neuron.hub import Hub, is_repo_id, parse_source
 from cortex.neuron.jobs import Job
 from cortex.neuron.library import Entry, Library
-from cortex.neuron.memory import Placement, Size, Wish, need_bytes
+from cortex.neuron.memory import Placement, Size, Wish, cache_bytes, need_bytes
 from cortex.neuron.models.source import ModelSource
 
 NOT_LOADED_RETRY_S = 5.0
@@ -173,7 +173,11 @@ class NativeHarness:
             model_id=entry.id,
             gpu_bytes=need_bytes(size, on_gpu=True),
             host_bytes=need_bytes(size, on_gpu=False),
+            gpu_cache_bytes=cache_bytes(size, on_gpu=True),
+            host_cache_bytes=cache_bytes(size, on_gpu=False),
             devices=request.devices,
+            dtype=size.dtype,
+            max_model_len=size.max_model_len,
         )
 
     def make_engine(

@@ -216,7 +216,12 @@ class Supervisor:
                 max_wait_s=limits.max_wait_secs,
                 on_idle=model.wake.set,
             )
-        self._ledger.take(model.id, loaded.weight_bytes + loaded.cache_bytes)
+        self._ledger.take(
+            model.id,
+            weight_bytes=loaded.weight_bytes,
+            cache_bytes=loaded.cache_bytes,
+            pid=engine.pid,
+        )
         if model.loaded_s is None:
             model.loaded_s = self._clock()
         self._roster.apply(model, EngineReady(now_s=self._clock()))

@@ -168,6 +168,7 @@ class Views:
             statuses={each.id: each.state.status for each in self._lifecycle.models()},
             models=self.loads(),
             devices=self.devices(),
+            unaccounted=self._lifecycle.drift(self._monitor.reading),
         )
 
     def _servable(self, harness: Harness, entry: Entry) -> ModelInfo:
@@ -227,9 +228,7 @@ class Views:
 
     def _need_bytes(self, harness: Harness, entry: Entry | None) -> int | None:
         wish = None if entry is None else harness.wish(entry, LoadRequest(model_id=entry.id))
-        if wish is None:
-            return None
-        return wish.gpu_bytes if self._monitor.reading.devices else wish.host_bytes
+        return None if wish is None else self._lifecycle.need_bytes(wish)
 
     def _limit(self, chat: ChatModel | None, entry: Entry | None) -> Limit | None:
         if chat is not None:

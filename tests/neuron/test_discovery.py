@@ -46,6 +46,11 @@ class FakeNvml:
                 raise self.errors[name]
             if name == "nvmlDeviceGetMemoryInfo":
                 return type("Memory", (), {"total": 140 * GIB, "used": 40 * GIB, "free": 100 * GIB})
+            if name == "nvmlDeviceGetComputeRunningProcesses":
+                rows = ((7, 3 * GIB), (8, None), (9, GIB))
+                return [
+                    type("Process", (), {"pid": pid, "usedGpuMemory": used}) for pid, used in rows
+                ]
             if name == "nvmlDeviceGetUtilizationRates":
                 return type("Rates", (), {"gpu": 73})
             return answers[name]
@@ -62,7 +67,7 @@ def meminfo(tmp_path):
 
 def test_a_gpu_is_described_and_read(meminfo, monkeypatch):
     monkeypatch.setattr(discovery, "_nvml", FakeNvml())
-    probe = NvmlProbe(meminfo)
+    probe = NvmlProbe(meminfo.parent)
     assert probe.hardware() == Hardware(
         devices=[
             Device(index=0, name="H200", vram_total_mb=143360, compute_capability="9.0"),
@@ -70,7 +75,7 @@ def test_a_gpu_is_described_and_read(meminfo, monkeypatch):
         cuda_version="13.1",
         driver_version="580.65",
     )
-    reading = probe.read()
+    reading = probe.read(())
     assert reading.memory == [
         DeviceMemory(index=HOST, total_bytes=16 << 20, free_bytes=8 << 20),
         DeviceMemory(index=0, total_bytes=140 * GIB, free_bytes=100 * GIB),
@@ -91,19 +96,38 @@ def test_a_host_without_a_working_driver_has_no_devices_and_says_why(
     meminfo, monkeypatch, error, reason
 ):
     monkeypatch.setattr(discovery, "_nvml", FakeNvml(nvmlInit=error))
-    probe = NvmlProbe(meminfo)
+    probe = NvmlProbe(meminfo.parent)
     hardware = probe.hardware()
     assert hardware.devices == []
     assert reason in hardware.cuda_unavailable_reason
-    assert [each.index for each in probe.read().memory] == [HOST]
+    assert [each.index for each in probe.read(()).memory] == [HOST]
 
 
 def test_a_device_that_tells_no_utilization_is_still_read(meminfo, monkeypatch):
     nvml = FakeNvml(nvmlDeviceGetUtilizationRates=FakeNvml.NVMLError("Not Supported"))
     monkeypatch.setattr(discovery, "_nvml", nvml)
-    probe = NvmlProbe(meminfo)
+    probe = NvmlProbe(meminfo.parent)
     probe.hardware()
-    assert probe.read().devices[0].vram_free_mb == 102400
+    assert probe.read(()).devices[0].vram_free_mb == 102400
+
+
+def test_what_a_process_takes_is_read_where_it_is_asked_for_and_told(meminfo, monkeypatch):
+    monkeypatch.setattr(discovery, "_nvml", FakeNvml())
+    status = meminfo.parent / "7" / "status"
+    status.parent.mkdir()
+    status.write_text("Name:\tx\nRssAnon:\t2048 kB\nRssFile:\t9999 kB\nRssShmem:\t1024 kB\n")
+    probe = NvmlProbe(meminfo.parent)
+    probe.hardware()
+    assert probe.read({7, 8}).processes == {(HOST, 7): 3 << 20, (0, 7): 3 * GIB}
+    assert probe.read(()).processes == {}
+
+
+def test_a_driver_that_tells_of_no_processes_is_no_fault(meminfo, monkeypatch):
+    nvml = FakeNvml(nvmlDeviceGetComputeRunningProcesses=FakeNvml.NVMLError("No Permission"))
+    monkeypatch.setattr(discovery, "_nvml", nvml)
+    probe = NvmlProbe(meminfo.parent)
+    probe.hardware()
+    assert probe.read({7}).processes == {}
 
 
 def test_the_monitor_has_a_reading_once_it_is_started():
@@ -139,11 +163,11 @@ def test_a_probe_that_hangs_hangs_nobody_else():
             self.hang = threading.Event()
             self.reads = 0
 
-        def read(self):
+        def read(self, pids):
             self.reads += 1
             if self.reads > 1:
                 self.hang.wait(10)
-            return super().read()
+            return super().read(pids)
 
     probe = Stuck()
     monitor = Monitor(probe, read_every_s=60.0)

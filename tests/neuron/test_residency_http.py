@@ -2,7 +2,8 @@ import asyncio
 
 import pytest
 
-from cortex.neuron import reaper
+from cortex.neuron import ledger, reaper
+from cortex.neuron.devices import HOST
 from tests.support.fake_engine import starts, write_script
 from tests.support.neuron_fakes import FakeProbe
 from tests.support.neuron_http import add_chat_model, chat, neuron, until
@@ -146,3 +147,38 @@ async def test_a_negative_time_is_refused(tmp_path, field):
     async with neuron(tmp_path) as api:
         answer = await api.load("m", **{field: -1})
         assert (answer.status, answer.error["code"]) == (400, "invalid_request")
+
+
+async def test_what_a_model_took_is_reckoned_with_also_after_a_restart(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "MEASURE_S", 0.02)
+    for name in ("m", "other"):
+        add_chat_model(tmp_path / "models", name)
+    probe = FakeProbe()
+    probe.process_bytes[HOST] = 3 << 30
+    peaks = tmp_path / "state" / "memory_peaks.json"
+    async with neuron(tmp_path, probe=probe) as api:
+        await api.load("m")
+        # The devices are read every few seconds, and for every load.
+        await api.load("other")
+
+        async def learned():
+            return peaks.exists() and b'"m"' in peaks.read_bytes()
+
+        await until(learned)
+        assert (await api.get("/models/m")).json["need_bytes"] == 3 << 30
+    async with neuron(tmp_path, probe=probe) as api:
+
+        async def described():
+            return (await api.get("/models/m")).json["need_bytes"] is not None
+
+        await until(described)
+        # Without the 2000 bytes of cache that the fake made, with the one that is wanted.
+        assert 3 << 30 <= (await api.get("/models/m")).json["need_bytes"] < (3 << 30) + (64 << 20)
+
+
+async def test_memory_that_no_model_holds_is_a_metric(tmp_path):
+    probe = FakeProbe()
+    probe.free_gib[0] = 61.0
+    async with neuron(tmp_path, probe=probe) as api:
+        text = (await api.get("/metrics")).body.decode()
+        assert 'cortex_neuron_device_unaccounted_bytes{device="0"} 3.221225472e+09' in text

@@ -1,7 +1,7 @@
 """What stands in for devices, checkpoints and clocks in tests of the neuron."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
@@ -23,6 +23,8 @@ class FakeProbe:
     def __init__(self) -> None:
         self.free_gib = {HOST: 64.0}
         self.fails = False
+        # What every process takes, by device.
+        self.process_bytes: dict[int, int] = {}
 
     def hardware(self) -> Hardware:
         gpus = sorted(index for index in self.free_gib if index != HOST)
@@ -30,7 +32,7 @@ class FakeProbe:
             devices=[Device(index=index, name="Fake 9000", vram_total_mb=65536) for index in gpus]
         )
 
-    def read(self) -> Reading:
+    def read(self, pids: Collection[int]) -> Reading:
         if self.fails:
             raise OSError("the driver is gone")
         memory = [
@@ -44,7 +46,12 @@ class FakeProbe:
             for index, free in self.free_gib.items()
             if index != HOST
         ]
-        return Reading(devices=devices, memory=memory)
+        processes = {
+            (index, pid): num_bytes
+            for index, num_bytes in self.process_bytes.items()
+            for pid in pids
+        }
+        return Reading(devices=devices, memory=memory, processes=processes)
 
 
 def facts(*, parameters: int = 1000) -> ModelFacts:

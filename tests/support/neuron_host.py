@@ -13,6 +13,7 @@ from cortex.neuron.library import Library
 from cortex.neuron.lifecycle import Lifecycle
 from cortex.neuron.metrics import Metrics
 from cortex.neuron.native import NativeHarness
+from cortex.neuron.peaks import Peaks
 from tests.support.fake_engine import COMMAND
 from tests.support.neuron_fakes import FakeProbe, chat_model, eventually, read_facts
 
@@ -81,7 +82,12 @@ async def host(
         clock=clock,
     )
     lifecycle = Lifecycle(
-        config=config, harnesses=[harness], monitor=monitor, metrics=Metrics(), clock=clock
+        config=config,
+        harnesses=[harness],
+        monitor=monitor,
+        peaks=Peaks(tmp_path / "state" / "memory_peaks.json"),
+        metrics=Metrics(),
+        clock=clock,
     )
     try:
         async with lifecycle.run():
