@@ -45,6 +45,7 @@ class GatewayListen(_Config, frozen=True):
     connect_s: Positive = 3.0
     first_token_s: Positive = 600.0  # longest wait for the first token once a node has the request
     stall_s: Positive = 120.0  # longest silence between two tokens
+    max_waiting: Count = 256  # callers of one model beyond those that it works on
     cold_wait_s: Positive = 60.0  # how long a non-streaming caller waits for a load
     keepalive_s: Annotated[float, Meta(gt=0, le=5)] = 1.0
     drain_s: Positive = 20.0

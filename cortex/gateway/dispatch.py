@@ -14,6 +14,7 @@ import msgspec
 from cortex.core.errors import (
     CortexError,
     ModelLoadingError,
+    QueueFullError,
     RemoteError,
     ServiceUnavailableError,
     UpstreamConnectionError,
@@ -26,6 +27,7 @@ from cortex.gateway.loads import Loads
 from cortex.gateway.metrics import Metrics, RequestTiming
 from cortex.gateway.neuron_client import NeuronClient, UnreachableError
 from cortex.gateway.proxy import Exchange, Proxy, StreamMeter, note_usage, usage_of
+from cortex.gateway.queues import Queues
 from cortex.gateway.roster import nodes_listing, primary
 from cortex.gateway.router import ColdLoad, Refuse, Serve
 from cortex.gateway.routing import Leg, Routing, Trip
@@ -93,6 +95,7 @@ class _Journey:
         self.arrival_s = arrival_s
         self.avoid: set[str] = set()
         self.error: CortexError | None = None
+        self.queue: str | None = None
         self.is_checked = False
         self.routes = 0
         self.retries = 0
@@ -158,6 +161,7 @@ class Dispatcher:
         self._metrics = metrics
         self._poke = poke
         self._clock = clock
+        self._queues = Queues()
 
     async def stream(
         self, ask: Ask, keepalive: bytes, translator: Translator | None = None
@@ -175,6 +179,7 @@ class Dispatcher:
         )
         exchange: Exchange | None = None
         try:
+            self._enter(journey)
             if not await self._is_warm(journey):
                 yield keepalive
             exchange = await self._open(journey, meter)
@@ -205,6 +210,7 @@ class Dispatcher:
         """
         journey = self._begin(ask)
         try:
+            self._enter(journey)
             body = await self._call(journey)
             usage = usage_of(body)
             if usage is not None:
@@ -264,7 +270,23 @@ class Dispatcher:
         )
         return _Journey(ask, timing, self._clock())
 
+    def _enter(self, journey: _Journey) -> None:
+        """Take a place among the model's callers.
+
+        Raises:
+            QueueFullError: there is none left.
+        """
+        model_id = journey.timing.model
+        try:
+            self._queues.enter(model_id, self._fleet.snapshot(), self._live.settings.max_waiting)
+        except QueueFullError:
+            self._metrics.record_turned_away(model_id)
+            raise
+        journey.queue = model_id
+
     def _finish(self, journey: _Journey) -> None:
+        if journey.queue is not None:
+            self._queues.leave(journey.queue)
         journey.timing.duration_s = self._clock() - journey.arrival_s
         journey.end_leg(journey.timing)
         self._metrics.record(journey.timing)
@@ -305,7 +327,7 @@ class Dispatcher:
         while True:
             route = self._route(journey)
             if isinstance(route, ColdLoad):
-                await self._wait_for_load(route)
+                await self._wait_for_load(journey, route)
                 continue
             self._begin_leg(journey, route)
             try:
@@ -350,9 +372,11 @@ class Dispatcher:
         journey.timing.model = serve.model_id
         journey.leg = self._routing.begin(journey.trip, serve)
 
-    async def _wait_for_load(self, cold: ColdLoad) -> None:
+    async def _wait_for_load(self, journey: _Journey, cold: ColdLoad) -> None:
+        # Further loads, after a try elsewhere failed, do not lengthen the wait.
+        limit_s = self._live.settings.cold_wait_s - (self._clock() - journey.arrival_s)
         try:
-            async with asyncio.timeout(self._live.settings.cold_wait_s):
+            async with asyncio.timeout(max(0.0, limit_s)):
                 await self._loads.ensure_loaded(cold)
         except TimeoutError as exc:
             raise _still_loading(self._fleet.snapshot(), cold.model_id) from exc

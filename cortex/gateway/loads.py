@@ -28,9 +28,12 @@ MAX_EVICTION_ROUNDS = 2
 # While residents that would have to leave are busy, room is asked for again at this pace.
 ROOM_RETRY_S = 2.0
 ROOM_WAIT_S = 60.0
-# A load may take this long plus the time its weights need at the slowest rate worth waiting for.
+# A load may take this long plus the time its weights need at a tenth of the rate that was measured
+# on the node, within bounds: what was in the page cache once may have to come from a slow disk.
 LOAD_BASE_S = 300.0
+LOAD_PATIENCE = 10.0
 SLOWEST_LOAD_BYTES_S = 10 << 20
+FASTEST_LOAD_BYTES_S = 100 << 20
 UNKNOWN_SIZE_LOAD_S = 3600.0
 RETRY_AFTER_S = 10.0
 
@@ -61,11 +64,13 @@ class Shortage(msgspec.Struct, kw_only=True, frozen=True):
     residents: list[Resident] = []
 
 
-def load_deadline_s(weight_bytes: int | None) -> float:
-    """Return how long a load of so many bytes may take."""
+def load_deadline_s(weight_bytes: int | None, measured_bytes_s: float | None) -> float:
+    """Return how long a load of so many bytes may take where loads were measured at a rate."""
     if weight_bytes is None:
         return UNKNOWN_SIZE_LOAD_S
-    return LOAD_BASE_S + weight_bytes / SLOWEST_LOAD_BYTES_S
+    expected = (measured_bytes_s or 0.0) / LOAD_PATIENCE
+    rate = min(FASTEST_LOAD_BYTES_S, max(SLOWEST_LOAD_BYTES_S, expected))
+    return LOAD_BASE_S + weight_bytes / rate
 
 
 class _Load:
@@ -186,7 +191,7 @@ class Loads:
             self._metrics.record_cold_start(model_id, node)
             self._fleet.record_status(node, model_id, "loading")
         begun_s = self._clock()
-        limit_s = load_deadline_s(plan.weight_bytes)
+        limit_s = load_deadline_s(plan.weight_bytes, self._rates.load_bytes_s(node))
         try:
             async with asyncio.timeout(limit_s):
                 answer = await self._load_making_room(plan)

@@ -102,6 +102,12 @@ class Metrics:
         self._retries = self._counter(
             "cortex_request_retries", "Requests that left a node that failed for another one."
         )
+        self._turned_away = Counter(
+            "cortex_gateway_rejections",
+            "Requests turned away because too many callers wait for the model.",
+            ("model",),
+            registry=self.registry,
+        )
         self._spend = self._by_caller("cortex_spend_tokens", "Prompt and answer tokens.")
         self._spend_prompt = self._by_caller("cortex_spend_prompt_tokens", "Prompt tokens.")
         self._spend_completion = self._by_caller("cortex_spend_completion_tokens", "Answer tokens.")
@@ -225,6 +231,10 @@ class Metrics:
     def record_retry(self, model: str, node: str) -> None:
         """Count a request that goes elsewhere, by the node that failed it."""
         self._retries.labels(model, node).inc()
+
+    def record_turned_away(self, model: str) -> None:
+        """Count a request for a model that too many callers wait for."""
+        self._turned_away.labels(model).inc()
 
     def record_load(self, model: str, node: str, *, loaded: bool, load_s: float) -> None:
         """Count a load that has ended."""

@@ -90,6 +90,10 @@ class RateBook:
         load_s = LOAD_START_S + size / self._load_bytes_s.get(node.name, LOAD_BYTES_S)
         return load_s if model_id in node.models else load_s + size / DOWNLOAD_BYTES_S
 
+    def load_bytes_s(self, node: str) -> float | None:
+        """Return the measured rate of a node's loads, None before the first."""
+        return self._load_bytes_s.get(node)
+
     def learn_load(self, node: str, model_id: str, num_bytes: int | None, load_s: float) -> None:
         """Take in how long a load took."""
         known = self._of(node, model_id)

@@ -287,7 +287,17 @@ async def test_a_model_that_is_loading_is_not_evicted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight_bytes", "limit_s"), [(None, 3600.0), (0, 300.0), (100 * (10 << 20), 400.0)]
+    ("weight_bytes", "measured", "limit_s"),
+    [
+        (None, 1e9, 3600.0),
+        (0, None, 300.0),
+        (1000 << 20, None, 400.0),
+        (1000 << 20, 50 << 20, 400.0),
+        (1000 << 20, 500 << 20, 320.0),
+        (1000 << 20, 1 << 40, 310.0),
+    ],
 )
-def test_a_loads_deadline_grows_with_its_weights(weight_bytes: int | None, limit_s: float) -> None:
-    assert load_deadline_s(weight_bytes) == limit_s
+def test_a_loads_deadline_grows_with_its_weights_and_shrinks_with_the_measured_rate(
+    weight_bytes: int | None, measured: float | None, limit_s: float
+) -> None:
+    assert load_deadline_s(weight_bytes, measured) == limit_s
