@@ -27,6 +27,21 @@ _log_level = click.option(
 )
 
 
+_endpoint = click.option(
+    "-e",
+    "--endpoint",
+    default=f"http://localhost:{GATEWAY_PORT}",
+    show_default=True,
+    help="Base URL of a gateway.",
+)
+_key = click.option(
+    "--key",
+    envvar="CORTEX_API_KEY",
+    help="API key, where the gateway asks for one [CORTEX_API_KEY].",
+)
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
 def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
     if wanted:
         build = version()
@@ -56,6 +71,7 @@ def main() -> None:
       cortex neuron -c neuron.toml   on every GPU host  (port 13131)
       cortex serve  -c cortex.toml   on the gateway     (port 31313, metrics 31314)
       cortex status                  what is loaded where
+      cortex plan MODEL              where a request for it would go, and why
     """
 
 
@@ -184,19 +200,9 @@ def up(
 
 
 @main.command()
-@click.option(
-    "-e",
-    "--endpoint",
-    default=f"http://localhost:{GATEWAY_PORT}",
-    show_default=True,
-    help="Base URL of a gateway.",
-)
-@click.option(
-    "--key",
-    envvar="CORTEX_API_KEY",
-    help="API key, where the gateway asks for one [CORTEX_API_KEY].",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_endpoint
+@_key
+@_as_json
 def status(endpoint: str, key: str | None, as_json: bool) -> None:
     """Show the nodes and models of a fleet.
 
@@ -208,6 +214,44 @@ def status(endpoint: str, key: str | None, as_json: bool) -> None:
     report = asyncio.run(fetch_status(endpoint, key))
     print_status(report, as_json=as_json)
     sys.exit(report.exit_code)
+
+
+@main.command()
+@click.argument("model")
+@_endpoint
+@_key
+@_as_json
+def plan(model: str, endpoint: str, key: str | None, as_json: bool) -> None:
+    """Show what a request for MODEL would lead to, without doing it.
+
+    The candidates with their costs in seconds, who would have to leave, and why other nodes are
+    out of the question. The exit code is 1 when the gateway refuses to answer or would refuse the
+    request.
+    """
+    from cortex.gateway.explain import fetch_plan, print_plan
+
+    with _errors_as_messages():
+        report = asyncio.run(fetch_plan(endpoint, model, key))
+    print_plan(report, as_json=as_json)
+    sys.exit(int(report.action == "refuse"))
+
+
+@main.command()
+@click.argument("request_id")
+@_endpoint
+@_key
+@_as_json
+def why(request_id: str, endpoint: str, key: str | None, as_json: bool) -> None:
+    """Show why a recent request went where it went.
+
+    REQUEST_ID is in the `x-request-id` header of every answer. A gateway remembers the last few
+    hundred requests that it routed itself.
+    """
+    from cortex.gateway.explain import fetch_why, print_why
+
+    with _errors_as_messages():
+        report = asyncio.run(fetch_why(endpoint, request_id, key))
+    print_why(report, as_json=as_json)
 
 
 @main.group()

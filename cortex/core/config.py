@@ -49,6 +49,7 @@ class GatewayListen(_Config, frozen=True):
     cold_wait_s: Positive = 60.0  # how long a non-streaming caller waits for a load
     keepalive_s: Annotated[float, Meta(gt=0, le=5)] = 1.0
     drain_s: Positive = 20.0
+    expose_headers: bool = False  # tell node, queue and load time of a request in its answer
     strip_billing_header: bool = True  # drop Claude Code's per-request billing block
 
 

@@ -136,6 +136,14 @@ class ModelNotFoundError(CortexError):
     kind = "invalid_request_error"
 
 
+class UnknownRequestError(CortexError):
+    """No decision about a request of that id is kept."""
+
+    status = 404
+    code = "unknown_request"
+    kind = "invalid_request_error"
+
+
 class RouteNotFoundError(CortexError):
     """The path is not part of the API."""
 

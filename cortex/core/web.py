@@ -182,7 +182,8 @@ class EventStream:
         self._keepalive = keepalive
         self._keepalive_s = keepalive_s
         self._on_error = on_error
-        self._headers = headers or {}
+        # May still be filled in until the first byte.
+        self._headers = {} if headers is None else headers
         self._chunks: asyncio.Queue[bytes | CortexError | None] = asyncio.Queue(MAX_QUEUED_CHUNKS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

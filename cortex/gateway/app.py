@@ -13,6 +13,7 @@ from cortex.core.catalogue import Catalogue
 from cortex.core.config import GatewayConfig
 from cortex.core.web import build_app
 from cortex.gateway.auth import Gatekeeper
+from cortex.gateway.decisions import Decisions
 from cortex.gateway.dispatch import Dispatcher
 from cortex.gateway.edge import KeyMiddleware, MetricsGuard
 from cortex.gateway.fleet import Fleet
@@ -24,6 +25,7 @@ from cortex.gateway.metrics import Metrics
 from cortex.gateway.neuron_client import open_client
 from cortex.gateway.proxy import Proxy
 from cortex.gateway.rates import RateBook
+from cortex.gateway.request_ids import RequestIds
 from cortex.gateway.routing import Routing
 from cortex.gateway.steward import Steward
 from cortex.gateway.watch import Watch
@@ -87,9 +89,12 @@ async def open_apps(
         )
         steward = Steward({"prefixes": routing.refresh}, lambda: live.settings.poll_s)
         stewarding = tasks.create_task(steward.run(), name="steward")
+        decisions = Decisions()
         handlers = Handlers(
             live=live,
             fleet=fleet,
+            routing=routing,
+            decisions=decisions,
             dispatcher=Dispatcher(
                 live=live,
                 fleet=fleet,
@@ -98,6 +103,7 @@ async def open_apps(
                 proxy=Proxy(client, fleet, live),
                 client=client,
                 metrics=metrics,
+                decisions=decisions,
                 poke=watch.poke,
                 clock=clock,
             ),
@@ -106,7 +112,7 @@ async def open_apps(
         try:
             await watch.first_round()
             yield GatewayApps(
-                api=KeyMiddleware(build_app(handlers.routes()), gatekeeper, limiter),
+                api=RequestIds(KeyMiddleware(build_app(handlers.routes()), gatekeeper, limiter)),
                 metrics=MetricsGuard(build_app(metrics_routes(metrics)), gatekeeper),
                 fleet=fleet,
                 loads=loads,

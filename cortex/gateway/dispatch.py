@@ -21,6 +21,7 @@ from cortex.core.errors import (
 )
 from cortex.core.openai import parse_chat_request
 from cortex.gateway.auth import ANONYMOUS, Caller
+from cortex.gateway.decisions import GOES_ON, Decision, Decisions
 from cortex.gateway.fleet import Fleet, FleetSnapshot
 from cortex.gateway.live import Live
 from cortex.gateway.loads import Loads
@@ -65,6 +66,8 @@ class Ask:
         caller: whom it is counted for.
         session: names the conversation it belongs to, where the caller says so.
         note: told at the end what it came to, however it ended.
+        request_id: by which its decision can be asked for later.
+        facts: headers that tell how it went; filled before the first byte of the answer.
     """
 
     name: str
@@ -74,6 +77,8 @@ class Ask:
     caller: Caller = ANONYMOUS
     session: str = ""
     note: Callable[[RequestTiming], None] = lambda _: None
+    request_id: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
 
 
 class Translator(Protocol):
@@ -89,13 +94,16 @@ class Translator(Protocol):
 class _Journey:
     """What has happened to one request so far."""
 
-    def __init__(self, ask: Ask, timing: RequestTiming, arrival_s: float) -> None:
+    def __init__(self, ask: Ask, timing: RequestTiming, decision: Decision) -> None:
         self.ask = ask
         self.timing = timing
-        self.arrival_s = arrival_s
+        self.decision = decision
+        self.arrival_s = decision.arrival_s
         self.avoid: set[str] = set()
         self.error: CortexError | None = None
         self.queue: str | None = None
+        # What the caller was told.
+        self.fault: str | None = None
         self.is_checked = False
         self.routes = 0
         self.retries = 0
@@ -149,6 +157,7 @@ class Dispatcher:
         proxy: Proxy,
         client: NeuronClient,
         metrics: Metrics,
+        decisions: Decisions,
         poke: Callable[[str], None],
         clock: Callable[[], float],
     ) -> None:
@@ -159,6 +168,7 @@ class Dispatcher:
         self._proxy = proxy
         self._client = client
         self._metrics = metrics
+        self._decisions = decisions
         self._poke = poke
         self._clock = clock
         self._queues = Queues()
@@ -193,8 +203,9 @@ class Dispatcher:
                 yield translator.feed(chunk)
                 chunk = await exchange.next_chunk()
             yield translator.end()
-        except CortexError:
+        except CortexError as exc:
             journey.timing.failed = True
+            journey.fault = exc.message
             raise
         finally:
             if exchange is not None:
@@ -215,8 +226,9 @@ class Dispatcher:
             usage = usage_of(body)
             if usage is not None:
                 note_usage(journey.timing, usage)
-        except CortexError:
+        except CortexError as exc:
             journey.timing.failed = True
+            journey.fault = exc.message
             raise
         finally:
             self._finish(journey)
@@ -268,7 +280,10 @@ class Dispatcher:
             account=ask.caller.account_id,
             key=ask.caller.key_id,
         )
-        return _Journey(ask, timing, self._clock())
+        decision = self._decisions.begin(
+            ask.request_id, ask.name, ask.caller.account_id, self._clock()
+        )
+        return _Journey(ask, timing, decision)
 
     def _enter(self, journey: _Journey) -> None:
         """Take a place among the model's callers.
@@ -287,8 +302,10 @@ class Dispatcher:
     def _finish(self, journey: _Journey) -> None:
         if journey.queue is not None:
             self._queues.leave(journey.queue)
-        journey.timing.duration_s = self._clock() - journey.arrival_s
+        now_s = self._clock()
+        journey.timing.duration_s = now_s - journey.arrival_s
         journey.end_leg(journey.timing)
+        journey.decision.ended(journey.timing, journey.fault, now_s)
         self._metrics.record(journey.timing)
         journey.ask.note(journey.timing)
 
@@ -300,7 +317,7 @@ class Dispatcher:
             return True
         try:
             async with asyncio.timeout(FIRST_BYTE_S):
-                await self._loads.ensure_loaded(route)
+                await self._load(journey, route)
         except TimeoutError:
             return False
         return True
@@ -309,7 +326,7 @@ class Dispatcher:
         while True:
             route, journey.ready = journey.ready or self._route(journey), None
             if isinstance(route, ColdLoad):
-                await self._loads.ensure_loaded(route)
+                await self._load(journey, route)
                 continue
             self._begin_leg(journey, route)
             try:
@@ -348,6 +365,7 @@ class Dispatcher:
         """
         journey.routes += 1
         route = self._routing.choose(journey.trip, journey.avoid)
+        journey.decision.chose(route, self._clock())
         if isinstance(route, Refuse):
             raise journey.error or route.error
         if isinstance(route, Serve) and route.spread is not None:
@@ -371,19 +389,43 @@ class Dispatcher:
         journey.timing.node = serve.node
         journey.timing.model = serve.model_id
         journey.leg = self._routing.begin(journey.trip, serve)
+        decision = journey.decision
+        decision.sent_s = self._clock()
+        journey.ask.facts.update(
+            {
+                "x-cortex-node": serve.node,
+                "x-cortex-queue-ms": f"{1e3 * (decision.queue_s or 0.0):.1f}",
+                "x-cortex-load-ms": f"{1e3 * decision.load_s:.1f}",
+            }
+        )
+
+    async def _load(self, journey: _Journey, cold: ColdLoad) -> None:
+        """Start a load or join it, and wait for its end."""
+        begun_s = self._clock()
+        journey.decision.waits(joined=self._loads.is_loading(cold.model_id))
+        outcome = GOES_ON
+        try:
+            await self._loads.ensure_loaded(cold)
+            outcome = "loaded"
+        except CortexError as exc:
+            outcome = exc.message
+            raise
+        finally:
+            journey.decision.loaded(begun_s, self._clock(), outcome)
 
     async def _wait_for_load(self, journey: _Journey, cold: ColdLoad) -> None:
         # Further loads, after a try elsewhere failed, do not lengthen the wait.
         limit_s = self._live.settings.cold_wait_s - (self._clock() - journey.arrival_s)
         try:
             async with asyncio.timeout(max(0.0, limit_s)):
-                await self._loads.ensure_loaded(cold)
+                await self._load(journey, cold)
         except TimeoutError as exc:
             raise _still_loading(self._fleet.snapshot(), cold.model_id) from exc
 
     def _again_or_raise(self, journey: _Journey, serve: Serve, exc: CortexError) -> None:
         """Note a failed try; raise where another one is pointless."""
         journey.end_leg(None)
+        journey.decision.came_to(exc.message, self._clock())
         if isinstance(exc, RemoteError) and exc.code in _GONE:
             # It was there at the last reading; now it has to be loaded again, here or elsewhere.
             self._fleet.record_status(serve.node, serve.model_id, "unloaded")
@@ -398,6 +440,7 @@ class Dispatcher:
         journey.retries += 1
         if journey.retries > MAX_RETRIES or self._clock() - journey.arrival_s > RETRY_WITHIN_S:
             raise exc
+        journey.decision.retries = journey.retries
         self._metrics.record_retry(serve.model_id, serve.node)
 
     def _node_failed(self, node: str, exc: UpstreamConnectionError) -> None:

@@ -21,18 +21,24 @@ from cortex.core.web import (
     read_body,
 )
 from cortex.gateway.auth import Caller, refusal
+from cortex.gateway.decisions import Decisions
 from cortex.gateway.dispatch import Ask, Dispatcher
 from cortex.gateway.edge import visit_of
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.live import Live
 from cortex.gateway.metrics import CONTENT_TYPE, Metrics
+from cortex.gateway.plans import plan_report
+from cortex.gateway.request_ids import HEADER, request_id_of
+from cortex.gateway.roster import targets
+from cortex.gateway.router import NOTHING, Refuse, Serve
+from cortex.gateway.routing import Routing, Trip
 from cortex.gateway.usage import usage_report
 from cortex.gateway.views import health_report, model_card, model_cards
 
 CHAT_PATH = "/v1/chat/completions"
 TOKENIZE_PATH = "/v1/tokenize"
 # What a node may want to know of the caller; keys stay here.
-FORWARDED_HEADERS = ("x-request-id", "x-session-affinity")
+FORWARDED_HEADERS = ("x-session-affinity",)
 # How clients name a conversation, so that it goes where its last turn is cached.
 SESSION_HEADERS = ("x-claude-code-session-id", "x-session-affinity", "x-session-id")
 
@@ -71,11 +77,15 @@ class Handlers:
         *,
         live: Live,
         fleet: Fleet,
+        routing: Routing,
+        decisions: Decisions,
         dispatcher: Dispatcher,
         metrics: Metrics,
     ) -> None:
         self._live = live
         self._fleet = fleet
+        self._routing = routing
+        self._decisions = decisions
         self._dispatcher = dispatcher
         self._metrics = metrics
 
@@ -85,6 +95,8 @@ class Handlers:
             Route("/", self._health, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
             Route("/v1/usage", _with_caller(self._usage), methods=["GET"]),
+            Route("/plan", _with_caller(self._plan), methods=["GET"]),
+            Route("/why/{request_id:path}", _with_caller(self._why), methods=["GET"]),
             Route("/v1/models", _with_caller(self._models), methods=["GET"]),
             Route("/v1/models/{name:path}", _with_caller(self._model), methods=["GET"]),
             Route(CHAT_PATH, _with_caller(self._chat), methods=["POST"]),
@@ -179,6 +191,7 @@ class Handlers:
             caller=caller,
             session=_session(request),
             note=visit_of(request.scope).note,
+            request_id=request_id_of(request.scope),
         )
         if head.stream:
             return EventStream(
@@ -186,9 +199,10 @@ class Handlers:
                 keepalive=openai.KEEPALIVE,
                 keepalive_s=self._live.settings.keepalive_s,
                 on_error=openai.error_event,
+                headers=self._exposed(ask),
             )
         answer = await cancel_on_disconnect(request, self._dispatcher.whole(ask))
-        return Response(answer, media_type="application/json")
+        return Response(answer, headers=self._exposed(ask), media_type="application/json")
 
     async def _messages(self, request: Request, caller: Caller) -> ASGIApp:
         body = await self._body(request)
@@ -205,6 +219,7 @@ class Handlers:
             caller=caller,
             session=_session(request),
             note=visit_of(request.scope).note,
+            request_id=request_id_of(request.scope),
         )
         if message.stream:
             translator = StreamTranslator(message.model)
@@ -213,10 +228,34 @@ class Handlers:
                 keepalive=anthropic.PING,
                 keepalive_s=self._live.settings.keepalive_s,
                 on_error=translator.fail,
+                headers=self._exposed(ask),
             )
         answer = await cancel_on_disconnect(request, self._dispatcher.whole(ask))
         completion = _decode_answer(_completion_decoder, answer)
-        return json_response(translate.from_openai(completion, message.model))
+        return json_response(
+            translate.from_openai(completion, message.model), headers=self._exposed(ask)
+        )
+
+    def _exposed(self, ask: Ask) -> dict[str, str] | None:
+        """Return the headers that tell how a request went, filled in as it goes."""
+        return ask.facts if self._live.settings.expose_headers else None
+
+    async def _plan(self, request: Request, caller: Caller) -> Response:
+        name = request.query_params.get("model")
+        if not name:
+            raise MissingModelError("name a model: GET /plan?model=NAME", param="model")
+        self._check_model(caller, name)
+        snapshot, catalogue = self._fleet.snapshot(), self._live.catalogue
+        models = targets(snapshot, catalogue, name)
+        route = self._routing.choose(Trip(name, b""))
+        if isinstance(route, Refuse) and isinstance(route.error, ModelNotFoundError):
+            raise route.error
+        further = self._routing.further(route.model_id) if isinstance(route, Serve) else NOTHING
+        return json_response(plan_report(name, models, route, further))
+
+    async def _why(self, request: Request, caller: Caller) -> Response:
+        found = self._decisions.find(request.path_params["request_id"], caller.account_id)
+        return json_response(found.report())
 
     async def _count_tokens(self, request: Request, caller: Caller) -> Response:
         body = await self._body(request)
@@ -270,7 +309,8 @@ def _session(request: Request) -> str:
 
 def _forwarded(request: Request) -> dict[str, str]:
     headers = request.headers
-    return {name: headers[name] for name in FORWARDED_HEADERS if name in headers}
+    forwarded = {name: headers[name] for name in FORWARDED_HEADERS if name in headers}
+    return {HEADER: request_id_of(request.scope), **forwarded}
 
 
 def _decode_answer(decoder: "msgspec.json.Decoder[_T]", body: bytes) -> _T:

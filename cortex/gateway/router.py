@@ -80,7 +80,7 @@ class Considered:
     rejected: tuple[Rejection, ...] = ()
 
 
-_NOTHING = Considered()
+NOTHING = Considered()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ class ColdLoad:
 
     model_id: str
     plans: tuple[LoadPlan, ...]
-    considered: Considered = field(default=_NOTHING, compare=False)
+    considered: Considered = field(default=NOTHING, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +120,7 @@ class Serve:
     endpoint: str
     model_id: str
     spread: ColdLoad | None = None
-    considered: Considered = field(default=_NOTHING, compare=False)
+    considered: Considered = field(default=NOTHING, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +129,7 @@ class Refuse:
 
     model_id: str
     error: CortexError
-    considered: Considered = field(default=_NOTHING, compare=False)
+    considered: Considered = field(default=NOTHING, compare=False)
 
 
 Route = Serve | ColdLoad | Refuse
@@ -182,6 +182,21 @@ def choose_route(
         return doubtful
     error = _refusal(snapshot, catalogue, name, models)
     return Refuse(model_id=models[0], error=error, considered=found)
+
+
+def further_placements(
+    snapshot: FleetSnapshot,
+    catalogue: Catalogue,
+    model_id: str,
+    *,
+    known: Knowledge = _NOTHING_KNOWN,
+    policy: Eviction = _NO_POLICY,
+) -> Considered:
+    """Return where a model could be loaded beside where it is, the cheapest node first."""
+    rejected: list[Rejection] = []
+    case = _Case(snapshot, catalogue, frozenset(), _ANY, known, policy)
+    cold = case.cold(model_id, rejected)
+    return Considered(rejected=tuple(rejected)) if cold is None else cold.considered
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +281,9 @@ class _Case:
         reason = unfit(node, self.avoid)
         if reason is not None:
             return reason
-        if node.status(model_id) == "loaded":
+        if can_serve(node, model_id):
+            return "loaded there already"
+        if node.status(model_id) in ("loaded", "recovering"):
             # A loaded replica that cannot serve is the neuron's to mend, not ours to load again.
             return not_serving(node, model_id)
         return plan_placement(

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 
 from cortex.gateway.backlog import Backlog
-from cortex.gateway.costs import Demand, Knowledge, Replica, prefill_s
+from cortex.gateway.costs import ASSUMED_PROMPT_TOKENS, Demand, Knowledge, Replica, prefill_s
 from cortex.gateway.fleet import Fleet, FleetSnapshot
 from cortex.gateway.live import Live
 from cortex.gateway.metrics import RequestTiming
 from cortex.gateway.prefixes import Chain, Match, PrefixIndex, chain_of
 from cortex.gateway.rates import RateBook
 from cortex.gateway.roster import nodes_serving, primary
-from cortex.gateway.router import Route, Serve, choose_route
+from cortex.gateway.router import Considered, Route, Serve, choose_route, further_placements
 
 BYTES_PER_TOKEN = 4.0
 MAX_CALIBRATED = 256
@@ -123,6 +123,17 @@ class Routing:
             policy=self._live.config.eviction,
         )
 
+    def further(self, model_id: str) -> Considered:
+        """Return where a model could be loaded beside where it is."""
+        known = Knowledge(rates=self.rates, queued_s=self.backlog.ahead_s(self.clock()))
+        return further_placements(
+            self._fleet.snapshot(),
+            self._live.catalogue,
+            model_id,
+            known=known,
+            policy=self._live.config.eviction,
+        )
+
     def begin(self, trip: Trip, serve: Serve) -> Leg:
         """Note that a request is sent to the replica that was chosen for it."""
         replica = (serve.node, serve.model_id)
@@ -189,6 +200,6 @@ class Routing:
 
     def _demand_of(self, trip: Trip, model_id: str) -> Demand:
         per_token = self._bytes_per_token.get(model_id, BYTES_PER_TOKEN)
-        prompt_tokens = max(1, int(len(trip.body) / per_token))
+        prompt_tokens = int(len(trip.body) / per_token) or ASSUMED_PROMPT_TOKENS
         cached = {replica: match.tokens(prompt_tokens) for replica, match in trip.matches.items()}
         return Demand(prompt_tokens=prompt_tokens, cached=cached)

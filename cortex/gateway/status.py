@@ -1,6 +1,5 @@
 """What `cortex status` shows: a gateway's health and models, as data and as table rows."""
 
-import asyncio
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,10 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cortex.core.openai import ModelCard, ModelList
+from cortex.gateway.inquiry import InquiryError, get_body
 from cortex.gateway.views import HealthReport, NodeReport
 
-TIMEOUT_S = 10.0
-MAX_BODY_BYTES = 16 << 20
 PIPE_COLUMNS = 160
 
 EXIT_OK = 0
@@ -130,42 +128,21 @@ async def fetch_status(endpoint: str, key: str | None = None) -> StatusReport:
     headers = {"authorization": f"Bearer {key}"} if key else {}
     async with aiohttp.ClientSession(headers=headers) as session:
         try:
-            health = _health_decoder.decode(await _get(session, f"{base}/health"))
-        except (_StatusError, msgspec.DecodeError, UnicodeDecodeError) as exc:
+            health = _health_decoder.decode(await get_body(session, f"{base}/health"))
+        except (InquiryError, msgspec.DecodeError, UnicodeDecodeError) as exc:
             return StatusReport(endpoint=base, exit_code=EXIT_UNREACHABLE, error=_words(exc))
         exit_code = EXIT_OK if health.status == "ok" else EXIT_DEGRADED
         try:
-            models = _models_decoder.decode(await _get(session, f"{base}/v1/models")).data
-        except (_StatusError, msgspec.DecodeError, UnicodeDecodeError) as exc:
+            models = _models_decoder.decode(await get_body(session, f"{base}/v1/models")).data
+        except (InquiryError, msgspec.DecodeError, UnicodeDecodeError) as exc:
             return StatusReport(
                 endpoint=base, exit_code=exit_code, health=health, error=_words(exc)
             )
     return StatusReport(endpoint=base, exit_code=exit_code, health=health, models=models)
 
 
-class _StatusError(Exception):
-    """A question to the gateway failed."""
-
-
-async def _get(session: aiohttp.ClientSession, url: str) -> bytes:
-    try:
-        async with asyncio.timeout(TIMEOUT_S), session.get(url) as response:
-            body = b""
-            while chunk := await response.content.readany():
-                body += chunk
-                if len(body) > MAX_BODY_BYTES:
-                    raise _StatusError(f"{url} answered more than {MAX_BODY_BYTES} bytes")
-    except TimeoutError as exc:
-        raise _StatusError(f"no answer within {TIMEOUT_S:g} s") from exc
-    except (aiohttp.ClientError, OSError, ValueError) as exc:
-        raise _StatusError(str(exc)) from exc
-    if response.status != 200:
-        raise _StatusError(f"{url} answered {response.status}")
-    return body
-
-
 def _words(exc: Exception) -> str:
-    return str(exc) if isinstance(exc, _StatusError) else f"not a gateway's answer: {exc}"
+    return str(exc) if isinstance(exc, InquiryError) else f"not a gateway's answer: {exc}"
 
 
 def _node_state(node: NodeReport) -> str:

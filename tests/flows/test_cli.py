@@ -4,6 +4,7 @@ import hashlib
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import msgspec
@@ -20,7 +21,7 @@ def test_version_names_the_package_and_torch(tmp_path: Path):
     assert "torch 2." in done.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "neuron", "up", "status", "keys"])
+@pytest.mark.parametrize("command", ["serve", "neuron", "up", "status", "plan", "why", "keys"])
 def test_help_explains_each_command(tmp_path: Path, command: str):
     done = run_cortex(tmp_path, command, "--help")
     assert done.returncode == 0
@@ -40,6 +41,42 @@ def test_status_as_json_is_one_object(up: Cortex, tmp_path: Path):
     report = msgspec.json.decode(done.stdout)
     assert report["status"] == "ok"
     assert "cortex-tiny" in [model["id"] for model in report["models"]]
+
+
+def test_plan_shows_where_a_request_would_go(up: Cortex, tmp_path: Path):
+    done = run_cortex(tmp_path, "plan", "cortex-tiny", "-e", up.url)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("cortex-tiny: would be served by ")
+    done = run_cortex(tmp_path, "plan", "cortex-tiny", "-e", up.url, "--json")
+    assert msgspec.json.decode(done.stdout)["action"] == "serve"
+    done = run_cortex(tmp_path, "plan", "nope", "-e", up.url)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "model 'nope' does not exist" in done.stderr
+
+
+def test_why_shows_the_decision_about_a_request(up: Cortex, tmp_path: Path):
+    body = {"model": "cortex-tiny", "messages": [{"role": "user", "content": "Hi"}]}
+    request = urllib.request.Request(
+        f"{up.url}/v1/chat/completions",
+        data=msgspec.json.encode({**body, "max_tokens": 2}),
+        headers={"content-type": "application/json", "x-request-id": "cli-why"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.headers["x-request-id"] == "cli-why"
+    done = run_cortex(tmp_path, "why", "cli-why", "-e", up.url)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("cli-why: cortex-tiny, ok")
+    assert "sent to " in done.stdout
+    done = run_cortex(tmp_path, "why", "cli-why", "-e", up.url, "--json")
+    assert msgspec.json.decode(done.stdout)["steps"][0]["action"] == "serve"
+    done = run_cortex(tmp_path, "why", "nobody", "-e", up.url)
+    assert done.returncode == 1
+    assert "request 'nobody' is not among the last 512" in done.stderr
+
+
+def test_plan_at_a_gateway_that_is_not_there_says_so_in_a_line(tmp_path: Path):
+    url = f"http://127.0.0.1:{free_port()}"
+    assert f"{url} cannot be reached" in one_line_error(tmp_path, "plan", "m", "-e", url)
 
 
 def test_status_of_a_gateway_that_is_not_there_ends_with_2(tmp_path: Path):

@@ -9,14 +9,17 @@ from starlette.routing import Route
 
 from cortex.core.entitlements import ApiKey, Entitlements
 from cortex.gateway.edge import KeyMiddleware
+from cortex.gateway.request_ids import RequestIds
 from tests.support.gateway import RunningGateway, run_gateway
 from tests.support.mock_neuron import MockModel, MockNeuron
 
 
 def routes_of(gateway: RunningGateway) -> list[tuple[str, str]]:
     """Every (method, path) of the API, path parameters filled in."""
-    assert isinstance(gateway.apps.api, KeyMiddleware)
-    app = gateway.apps.api.app
+    assert isinstance(gateway.apps.api, RequestIds)
+    guarded = gateway.apps.api.app
+    assert isinstance(guarded, KeyMiddleware)
+    app = guarded.app
     assert isinstance(app, Starlette)
     found = []
     for route in app.routes:
