@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cortex.core import catalogue, config, entitlements
+from cortex.core import catalogue, command, config, entitlements
 from cortex.core.neuron_api import DeviceHealth, ModelLoad, NeuronHealth
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.metrics import Metrics
@@ -27,6 +27,8 @@ STRUCTS = [
     config.DefaultModel,
     config.TorchHarness,
     config.Admission,
+    config.CommandHarness,
+    command.CommandModel,
     catalogue.CatalogueModel,
 ]
 TABLES = {"limits", "gateway", "eviction", "neurons", "entitlements", "keys", "upstream"} | {

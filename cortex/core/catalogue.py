@@ -2,11 +2,12 @@
 
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
+from cortex.core.command import CommandModel
 from cortex.core.config import convert, read_toml
 from cortex.core.errors import ConfigError
 from cortex.core.neuron_api import Cost, Device, Limit
@@ -19,6 +20,8 @@ class CatalogueModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     """`[[models]]`: one model on offer.
 
     Attributes:
+        harness: None leaves it to the node: an external engine where it has one configured.
+        command: how a node starts the external engine, where nodes allow that.
         vram_mb: what it needs, for placement before any node has measured it.
         min_device_vram_mb: total memory its device must have.
         pinned_on: nodes it belongs on; empty means any.
@@ -28,7 +31,8 @@ class CatalogueModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     """
 
     id: Annotated[str, Meta(min_length=1)]
-    harness: str = "torch"
+    harness: Literal["torch", "candle", "command"] | None = None
+    command: CommandModel | None = None
     vram_mb: Annotated[int, Meta(gt=0)] | None = None
     min_devices: Annotated[int, Meta(ge=1)] = 1
     min_device_vram_mb: Annotated[int, Meta(gt=0)] | None = None
@@ -42,13 +46,20 @@ class CatalogueModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     capabilities: list[str] = []
 
     def __post_init__(self) -> None:
-        if self.harness not in ("torch", "candle"):
-            raise ValueError(f"model {self.id}: harness `{self.harness}` is unknown; use `torch`")
-        if self.min_devices > 1:
+        if self.command is not None and self.harness not in (None, "command"):
+            raise ValueError(
+                f"model {self.id}: a command is for harness `command`, not `{self.harness}`"
+            )
+        if self.min_devices > 1 and not self.is_external:
             raise ValueError(
                 f"model {self.id}: min_devices over 1 asks for tensor parallelism, which is not "
                 "supported; a model runs on one device"
             )
+
+    @property
+    def is_external(self) -> bool:
+        """Whether somebody else's engine serves it."""
+        return self.harness == "command" or self.command is not None
 
     @property
     def priority(self) -> int:

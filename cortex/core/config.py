@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from cortex.core.command import CommandModel
 from cortex.core.entitlements import Entitlements, LimitsConfig
 from cortex.core.errors import ConfigError
 from cortex.core.trust import Trust, settle_trust
@@ -112,14 +113,14 @@ class GatewayConfig(_Config, Trust, frozen=True):
 class HarnessName(_Config, frozen=True):
     """`[[harnesses]]`: an engine kind this host runs; `candle` is read as `torch`."""
 
-    name: Literal["torch", "candle"]
+    name: Literal["torch", "candle", "command"]
 
 
 class DefaultModel(_Config, frozen=True):
     """`[[default_models]]`: a model to load at start."""
 
     model_id: Annotated[str, Meta(min_length=1)]
-    harness: Literal["torch", "candle"] | None = None
+    harness: Literal["torch", "candle", "command"] | None = None
     source: str | None = None
     devices: list[int] | None = None
     max_model_len: Count | None = None
@@ -159,10 +160,24 @@ class TorchHarness(_Config, frozen=True):
     admission: Admission = Admission()
 
 
+class CommandHarness(_Config, frozen=True):
+    """`[harness.command]`: external engines, each started from a command of its own."""
+
+    models: dict[str, CommandModel] = {}
+    # Whoever can reach this neuron could run any program as its user.
+    allow_remote_commands: bool = False
+    connect_s: Positive = 3.0
+    first_token_s: Positive = 600.0  # longest wait for the first token
+    stall_s: Positive = 120.0  # longest silence between two tokens
+    log_mb: Count = 8  # what is kept of each engine's output
+    admission: Admission = Admission()
+
+
 class Harnesses(_Config, frozen=True):
     """`[harness]`."""
 
     torch: TorchHarness = TorchHarness()
+    command: CommandHarness = CommandHarness()
 
 
 class NeuronConfig(_Config, Trust, frozen=True):
@@ -233,7 +248,8 @@ def load_gateway_config(path: Path | None) -> GatewayConfig:
 def load_neuron_config(path: Path | None) -> NeuronConfig:
     """Read neuron.toml (None: defaults) and apply `NEURON_*` overrides.
 
-    Relative `model_dirs`, `hf_cache` and `state_dir` are taken from the file's own directory.
+    Relative `model_dirs`, `hf_cache`, `state_dir` and `cwd` are taken from the file's own
+    directory.
 
     Raises:
         ConfigError: the file or a key cannot be used.
@@ -254,12 +270,33 @@ def load_neuron_config(path: Path | None) -> NeuronConfig:
         if not Path(each).exists():
             raise ConfigError(f"{path or 'environment'}: models: {name}: {each} does not exist")
     state_dir = _absolute(base, config.state_dir) if config.state_dir else str(user_cache_dir())
+    where = str(path or "environment")
+    trust = settle_trust(config, base, where)
+    command = _command_harness(config.harness.command, base, where)
+    if command.allow_remote_commands and not (trust["fleet_secret"] or trust["tls_ca"]):
+        raise ConfigError(
+            f"{where}: harness.command.allow_remote_commands lets whoever can reach this neuron "
+            "run any program as its user; set fleet_secret or tls_ca too, or leave it out"
+        )
     return msgspec.structs.replace(
         config,
-        harness=Harnesses(torch=torch),
+        harness=Harnesses(torch=torch, command=command),
         state_dir=state_dir,
-        **settle_trust(config, base, str(path or "environment")),
+        **trust,
     )
+
+
+def _command_harness(command: CommandHarness, base: Path, where: str) -> CommandHarness:
+    """Return it with `cwd` as an absolute path."""
+    models = {}
+    for name, model in command.models.items():
+        cwd = None if model.cwd is None else _absolute(base, model.cwd)
+        if cwd is not None and not Path(cwd).is_dir():
+            raise ConfigError(
+                f"{where}: harness.command.models.{name}: cwd: {cwd} is not a directory"
+            )
+        models[name] = msgspec.structs.replace(model, cwd=cwd)
+    return msgspec.structs.replace(command, models=models)
 
 
 def _absolute(base: Path, path: str) -> str:
@@ -281,6 +318,18 @@ def child_environment(overrides: Mapping[str, str]) -> dict[str, str]:
     return {**kept, **overrides}
 
 
+def foreign_environment() -> dict[str, str]:
+    """Return this process's environment for a program that is none of ours.
+
+    The variables that configure Cortex stay here: keys may be among them.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("CORTEX_", "NEURON_"))
+    }
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Return a TOML file's tables.
 
@@ -298,7 +347,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: {exc}") from exc
 
 
-def convert(tables: dict[str, Any], kind: type[T], refused: Mapping[str, str], where: str) -> T:
+def convert(tables: Any, kind: type[T], refused: Mapping[str, str], where: str) -> T:
     """Turn tables into a struct.
 
     Args:
@@ -336,7 +385,19 @@ def _load(path: Path | None, kind: type[T], prefix: str, refused: Mapping[str, s
         # The original's name for its engine; the keys mean the same for ours.
         harness.setdefault("torch", harness.pop("candle"))
     _apply_environment(tables, kind, prefix, os.environ)
-    return convert(tables, kind, refused, str(path) if path else "defaults and environment")
+    where = str(path) if path else "defaults and environment"
+    for name, table in _command_models(tables).items():
+        # One by one, so that the message names the model.
+        convert(table, CommandModel, {}, f"{where}: harness.command.models.{name}")
+    return convert(tables, kind, refused, where)
+
+
+def _command_models(tables: dict[str, Any]) -> dict[str, Any]:
+    """Return `[harness.command.models]`, empty where there is none of the right shape."""
+    found: Any = tables
+    for name in ("harness", "command", "models"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _apply_environment(

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from cortex.core.command import CommandModel
+
 ModelStatus = Literal["unloaded", "loading", "loaded", "recovering", "failed", "draining"]
 LoadPhase = Literal["starting", "download", "weights", "caches", "warmup"]
 
@@ -229,6 +231,7 @@ class LoadRequest(msgspec.Struct, kw_only=True, frozen=True):
     tensor_parallel: int | None = None
     devices: list[int] | None = None
     max_model_len: int | None = None
+    command: CommandModel | None = None
     evict: list[str] = []
     wait: bool = True
     ttl_s: Annotated[float, Meta(ge=0)] | None = None

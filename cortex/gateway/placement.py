@@ -209,6 +209,7 @@ def load_request(
     return LoadRequest(
         model_id=model_id,
         harness=entry.harness,
+        command=entry.command,
         source=entry.source,
         devices=list(placement.devices) if is_choosy and placement.devices else None,
         tensor_parallel=entry.min_devices if entry.min_devices > 1 else None,

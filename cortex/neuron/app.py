@@ -15,14 +15,22 @@ from pathlib import Path
 
 from starlette.types import ASGIApp
 
-from cortex.core.config import NeuronConfig, child_environment, user_cache_dir
+from cortex.core.config import (
+    NeuronConfig,
+    child_environment,
+    foreign_environment,
+    user_cache_dir,
+)
 from cortex.core.errors import StartupError
+from cortex.neuron.accounts import Accounts
 from cortex.neuron.activation import Activator
 from cortex.neuron.chat.model import ChatModel, load_chat_model
+from cortex.neuron.command.harness import CommandHarness
 from cortex.neuron.discovery import Monitor, NvmlProbe, Probe
 from cortex.neuron.events import EventHub
 from cortex.neuron.guard import FleetGuard
 from cortex.neuron.handlers import Handlers
+from cortex.neuron.harness import Harness
 from cortex.neuron.hub import Hub
 from cortex.neuron.inference import Inference
 from cortex.neuron.library import DEMO_DISTRIBUTIONS, Entry, Library
@@ -30,6 +38,7 @@ from cortex.neuron.lifecycle import Lifecycle
 from cortex.neuron.metrics import Metrics
 from cortex.neuron.native import NativeHarness
 from cortex.neuron.peaks import Peaks
+from cortex.neuron.relay import Relay
 from cortex.neuron.scope import task_scope
 from cortex.neuron.scratch import ScratchFolder, sweep
 from cortex.neuron.views import Views
@@ -71,7 +80,8 @@ async def open_app(
     await asyncio.to_thread(peaks.load)
     metrics = Metrics()
     hub = Hub(cache_dir=torch.hf_cache)
-    cache_dir, scratch = _cache_dir(Path(config.state_dir or user_cache_dir()) / "tokenizers")
+    state_dir = Path(config.state_dir or user_cache_dir())
+    cache_dir, scratch = _cache_dir(state_dir / "tokenizers")
     open_chat = partial(
         _open_chat, cache_dir=cache_dir, default_max_tokens=torch.default_max_tokens
     )
@@ -84,21 +94,32 @@ async def open_app(
         open_chat=open_chat,
         clock=clock,
     )
+    command = config.harness.command
+    harnesses: list[Harness] = [harness]
+    if command.models or command.allow_remote_commands:
+        external = CommandHarness(
+            command,
+            environment=foreign_environment(),
+            log_dir=state_dir / "engines",
+            clock=clock,
+        )
+        # What the configuration names goes before what lies in a directory.
+        harnesses.insert(0, external)
     lifecycle = Lifecycle(
         config=torch,
-        harnesses=[harness],
+        harnesses=harnesses,
         monitor=monitor,
         peaks=peaks,
         metrics=metrics,
         clock=clock,
         on_change=lambda model_id: events.changed(model_id),
     )
+    accounts = Accounts(lifecycle, metrics, clock=clock)
     inference = Inference(
         lifecycle,
-        metrics=metrics,
+        accounts,
         open_chat=open_chat,
         constrain_tools=torch.constrain_tools,
-        clock=clock,
         wall_clock=_unix_s,
     )
     # A thread of its own: the loop waits at its end for those of its default executor.
@@ -116,6 +137,7 @@ async def open_app(
     handlers = Handlers(
         lifecycle=lifecycle,
         inference=inference,
+        relay=Relay(accounts, limits=command, clock=clock),
         views=views,
         events=events,
         metrics=metrics,

@@ -1,6 +1,8 @@
 """The neuron's HTTP routes; errors of all of them speak OpenAI's envelope."""
 
 import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -28,10 +30,13 @@ from cortex.core.web import (
     json_response,
     read_body,
 )
+from cortex.neuron.command.rewrite import Head, parse_head
 from cortex.neuron.events import PING, EventHub
-from cortex.neuron.inference import Inference, TokenizeRequest
+from cortex.neuron.inference import Inference
 from cortex.neuron.lifecycle import Lifecycle
 from cortex.neuron.metrics import CONTENT_TYPE, Metrics
+from cortex.neuron.relay import Relay
+from cortex.neuron.tokenize import TokenizeRequest, TokenizeResponse
 from cortex.neuron.views import Views
 
 # Load and unload bodies are a few names long.
@@ -57,6 +62,7 @@ class Handlers:
         *,
         lifecycle: Lifecycle,
         inference: Inference,
+        relay: Relay,
         views: Views,
         events: EventHub,
         metrics: Metrics,
@@ -64,6 +70,7 @@ class Handlers:
     ) -> None:
         self._lifecycle = lifecycle
         self._inference = inference
+        self._relay = relay
         self._views = views
         self._events = events
         self._metrics = metrics
@@ -192,21 +199,35 @@ class Handlers:
     async def chat(self, request: Request) -> Response | EventStream:
         """`POST /v1/chat/completions`."""
         body = await read_body(request, max_bytes=self._max_body_bytes)
+        head = parse_head(body)
+        if self._lifecycle.is_external(head.model):
+            return await self._relayed(request, body, head)
         asked = parse_chat_request(body)
         serving = self._inference.serving(asked.model)
         if asked.stream:
-            return EventStream(
-                self._inference.stream(asked, serving),
-                keepalive=KEEPALIVE,
-                keepalive_s=KEEPALIVE_S,
-                on_error=error_event,
-            )
+            return _event_stream(self._inference.stream(asked, serving))
         completion = await cancel_on_disconnect(request, self._inference.complete(asked, serving))
         return json_response(completion)
+
+    async def _relayed(self, request: Request, body: bytes, head: Head) -> Response | EventStream:
+        """Answer by an external engine, which is the judge of all that is not in the head."""
+        serving = self._lifecycle.serving(head.model)
+        if head.stream:
+            return _event_stream(self._relay.stream(body, head, serving))
+        completion = await cancel_on_disconnect(request, self._relay.complete(body, head, serving))
+        return Response(completion, media_type="application/json")
 
     async def tokenize(self, request: Request) -> Response:
         """`POST /v1/tokenize`."""
         body = await read_body(request, max_bytes=self._max_body_bytes)
         asked = decode_body(_tokenize_decoder, body)
-        answer = await cancel_on_disconnect(request, self._inference.tokenize(asked))
-        return json_response(answer)
+        counting: Coroutine[Any, Any, TokenizeResponse]
+        if self._lifecycle.is_external(asked.model):
+            counting = self._relay.tokenize(asked, self._lifecycle.serving(asked.model))
+        else:
+            counting = self._inference.tokenize(asked)
+        return json_response(await cancel_on_disconnect(request, counting))
+
+
+def _event_stream(events: AsyncGenerator[bytes, None]) -> EventStream:
+    return EventStream(events, keepalive=KEEPALIVE, keepalive_s=KEEPALIVE_S, on_error=error_event)

@@ -6,6 +6,7 @@ between engines and is not part of this.
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from cortex.core.errors import CortexError, ServiceUnavailableError
@@ -92,16 +93,26 @@ class Engine(Protocol):
         """End it now; returns when it is gone."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """What one model may take: the time of a load, and the requests that it works on or queues.
+
+    Attributes:
+        max_in_flight: None for as many as the engine works on at once.
+    """
+
+    load_timeout_s: float
+    max_in_flight: int | None
+    max_queue_depth: int
+    max_wait_s: float
+
+
 class Harness(Protocol):
     """One kind of engine on this host: what it can serve, and how an engine of it is made."""
 
     @property
     def name(self) -> str:
         """What a load request calls it."""
-
-    @property
-    def load_timeout_s(self) -> float:
-        """How long a load may take."""
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -133,6 +144,9 @@ class Harness(Protocol):
         on_end: Callable[[], None],
     ) -> Engine:
         """Return an engine that is not started yet."""
+
+    def limits(self, entry: Entry) -> EngineLimits:
+        """Return what a model of this kind may take."""
 
     async def open_chat(self, entry: Entry) -> ChatModel | None:
         """Return what turns messages into tokens; None where the engine does that itself."""

@@ -13,26 +13,22 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar, TypeVarTuple
 
-import msgspec
-
 from cortex.core.errors import BadRequestError, CortexError
 from cortex.core.openai import (
     SSE_DONE,
     ChatCompletion,
     ChatRequest,
-    Message,
-    Tool,
-    Usage,
 )
+from cortex.neuron.accounts import Accounts
 from cortex.neuron.chat.model import ChatModel
 from cortex.neuron.chat.prepare import Prepared, prepare, prompt_ids
 from cortex.neuron.chat.stream import ChatCollector, ChatStream
-from cortex.neuron.engine_client import Generation
+from cortex.neuron.engine_client import EngineClient, Generation
 from cortex.neuron.lifecycle import Lifecycle
-from cortex.neuron.metrics import Metrics, RequestTiming
 from cortex.neuron.models.source import ModelSource
 from cortex.neuron.native import OpenChat
 from cortex.neuron.resident import Serving
+from cortex.neuron.tokenize import TokenizeRequest, TokenizeResponse
 
 PREPARE_THREADS = 4
 # Tokenizers of models that are not loaded, kept for counting.
@@ -42,78 +38,27 @@ T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
 
-class TokenizeRequest(msgspec.Struct, kw_only=True, frozen=True):
-    """Body of `POST /v1/tokenize`: messages as for a chat, or a plain prompt."""
-
-    model: str
-    messages: list[Message] | None = None
-    prompt: str | None = None
-    tools: list[Tool] | None = None
-    chat_template_kwargs: dict[str, object] | None = None
-    return_tokens: bool = False
-
-
-class TokenizeResponse(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """Answer of `POST /v1/tokenize`."""
-
-    count: int
-    tokens: list[int] | None = None
-    max_model_len: int | None = None
-
-
-class _Watch:
-    """Times one request; the first token is the first that made a chunk."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._started_s = clock()
-        self._first_s: float | None = None
-        self._last_s = self._started_s
-
-    def token(self) -> None:
-        """Note that a token came."""
-        self._last_s = self._clock()
-        if self._first_s is None:
-            self._first_s = self._last_s
-
-    def timing(self, usage: Usage) -> RequestTiming:
-        """Return what the request took, at its end."""
-        details = usage.prompt_tokens_details
-        first_s = self._first_s
-        return RequestTiming(
-            duration_s=self._clock() - self._started_s,
-            ttft_s=None if first_s is None else first_s - self._started_s,
-            decode_s=0.0 if first_s is None else self._last_s - first_s,
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            cached_tokens=0 if details is None else details.cached_tokens or 0,
-        )
-
-
 class Inference:
     """Answers chat requests with the models of a lifecycle.
 
     Args:
         constrain_tools: hold tool calls to the declared names and parameters.
-        clock: monotonic seconds.
         wall_clock: Unix seconds.
     """
 
     def __init__(
         self,
         lifecycle: Lifecycle,
+        accounts: Accounts,
         *,
-        metrics: Metrics,
         open_chat: OpenChat,
         constrain_tools: bool,
-        clock: Callable[[], float],
         wall_clock: Callable[[], float],
     ) -> None:
         self._lifecycle = lifecycle
-        self._metrics = metrics
+        self._accounts = accounts
         self._open_chat = open_chat
         self._constrain_tools = constrain_tools
-        self._clock = clock
         self._wall_clock = wall_clock
         self._idle_chats: OrderedDict[ModelSource, asyncio.Future[ChatModel]] = OrderedDict()
         self._threads = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
@@ -132,8 +77,8 @@ class Inference:
         Raises:
             CortexError: before the first chunk or after it; then without `[DONE]`.
         """
-        with self._counted(serving.model_id):
-            watch = _Watch(self._clock)
+        with self._accounts.counted(serving.model_id):
+            watch = self._accounts.watch()
             prepared = await self._prepare(request, serving)
             with await serving.admission.acquire(prepared.num_choices):
                 reply = ChatStream(
@@ -153,12 +98,12 @@ class Inference:
                             watch.token()
                             yield chunk
             yield reply.end() + SSE_DONE
-            self._done(serving, watch, reply.usage())
+            self._accounts.done(serving.model_id, watch, reply.usage())
 
     async def complete(self, request: ChatRequest, serving: Serving) -> ChatCompletion:
         """Return a whole reply; raises CortexError."""
-        with self._counted(serving.model_id):
-            watch = _Watch(self._clock)
+        with self._accounts.counted(serving.model_id):
+            watch = self._accounts.watch()
             prepared = await self._prepare(request, serving)
             with await serving.admission.acquire(prepared.num_choices):
                 reply = ChatCollector(
@@ -174,7 +119,7 @@ class Inference:
                         if reply.is_finished(choice_idx):
                             generation.cancel(choice_idx)
             completion = reply.completion()
-            self._done(serving, watch, reply.usage())
+            self._accounts.done(serving.model_id, watch, reply.usage())
             return completion
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
@@ -209,6 +154,7 @@ class Inference:
     async def _prepare(self, request: ChatRequest, serving: Serving) -> Prepared:
         # A full queue is told before any work is done on the prompt.
         serving.admission.check(request.n or 1)
+        assert serving.chat is not None
         prepared = await self._in_thread(prepare, request, serving.chat)
         constraint = prepared.constraint
         if (
@@ -218,21 +164,6 @@ class Inference:
         ):
             return replace(prepared, constraint=None)
         return prepared
-
-    def _done(self, serving: Serving, watch: _Watch, usage: Usage) -> None:
-        self._metrics.request_ended(serving.model_id, watch.timing(usage))
-
-    @contextmanager
-    def _counted(self, model_id: str) -> Iterator[None]:
-        with self._lifecycle.using(model_id):
-            try:
-                yield
-            except CortexError as exc:
-                self._metrics.request_failed(model_id, exc.code)
-                raise
-            except (asyncio.CancelledError, GeneratorExit):
-                self._metrics.request_failed(model_id, "client_left")
-                raise
 
     async def _chat_model(self, model_id: str) -> ChatModel:
         model = self._lifecycle.model(model_id)
@@ -263,7 +194,9 @@ class Inference:
 def _generation(prepared: Prepared, serving: Serving) -> Iterator[Generation]:
     """Submit every choice; whatever is unfinished at the end is cancelled at once."""
     requests = [prepared.submit(0, choice_idx) for choice_idx in range(prepared.num_choices)]
-    generation = serving.engine.submit(requests)
+    engine = serving.engine
+    assert isinstance(engine, EngineClient)
+    generation = engine.submit(requests)
     try:
         yield generation
     finally:

@@ -148,7 +148,10 @@ class Ledger:
         placement = place(wish, reading.memory, claims, residents, leaving)
         self._wishes[wish.model_id] = wish
         self._claims[wish.model_id] = Claim(
-            model_id=wish.model_id, device=placement.device, num_bytes=placement.num_bytes
+            model_id=wish.model_id,
+            device=placement.device,
+            num_bytes=placement.num_bytes,
+            more_devices=placement.more_devices,
         )
         return placement
 
@@ -179,13 +182,20 @@ class Ledger:
         while True:
             reading = await self.read()
             others = [each for each in self.claims() if each.model_id != model_id]
-            device = next((each for each in reading.memory if each.index == claim.device), None)
-            free = 0 if device is None else free_bytes(device, others)
-            if free >= claim.num_bytes:
+            free = {
+                each.index: free_bytes(each, others)
+                for each in reading.memory
+                if each.index in claim.devices
+            }
+            short = [
+                Shortage(device=index, needed_bytes=claim.num_bytes, free_bytes=free.get(index, 0))
+                for index in claim.devices
+                if free.get(index, 0) < claim.num_bytes
+            ]
+            if not short:
                 return
             if self._clock() >= deadline_s:
-                short = Shortage(device=claim.device, needed_bytes=claim.num_bytes, free_bytes=free)
-                raise insufficient(model_id, [short], residents())
+                raise insufficient(model_id, short, residents())
             await asyncio.sleep(MEMORY_RETRY_S)
 
     def take(self, model_id: str, *, weight_bytes: int, cache_bytes: int, pid: int | None) -> None:

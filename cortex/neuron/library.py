@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cortex.core.command import CommandModel
 from cortex.core.errors import CheckpointError
 from cortex.neuron.models.facts import ModelFacts, describe
 from cortex.neuron.models.source import ModelSource, detect, distribution_gguf
@@ -29,9 +30,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One servable checkpoint.
+    """One servable checkpoint, or what an external engine serves.
 
     Attributes:
+        source: for an external engine, what its command names.
+        command: how the external engine is started; None for a checkpoint.
         facts: None until they were read.
         error: why it cannot be served, if that is known already.
     """
@@ -40,6 +43,7 @@ class Entry:
     source: ModelSource
     facts: ModelFacts | None = None
     error: CheckpointError | None = None
+    command: CommandModel | None = None
 
 
 class Library:

@@ -18,7 +18,7 @@ from cortex.core.errors import (
 from cortex.core.neuron_api import LoadRequest
 from cortex.neuron.devices import DeviceMemory, Reading
 from cortex.neuron.discovery import Monitor
-from cortex.neuron.engine_client import EngineClient, recovering_error
+from cortex.neuron.engine_client import recovering_error
 from cortex.neuron.harness import Harness
 from cortex.neuron.jobs import Job
 from cortex.neuron.ledger import Ledger
@@ -50,7 +50,8 @@ class Lifecycle:
     """Loads and unloads models on request and keeps the loaded ones alive. Use as a context.
 
     Args:
-        harnesses: the engine kinds of this host; a model that none of them knows is the first's.
+        harnesses: the engine kinds of this host; of two that know a model the first has it, and
+            one that none of them knows is the last's.
         clock: monotonic seconds.
         on_change: called with a model's id whenever what is to be told of it may have changed.
     """
@@ -139,9 +140,16 @@ class Lifecycle:
         return list(self._harnesses)
 
     def harness_of(self, model_id: str) -> Harness:
-        """Return the engine kind that knows a model, or the first."""
-        found = (each for each in self._harnesses.values() if each.find(model_id) is not None)
-        return next(found, next(iter(self._harnesses.values())))
+        """Return the first engine kind that knows a model, or else the last."""
+        harnesses = list(self._harnesses.values())
+        found = (each for each in harnesses if each.find(model_id) is not None)
+        return next(found, harnesses[-1])
+
+    def is_external(self, model_id: str) -> bool:
+        """Whether somebody else's engine serves a model, or would."""
+        model = self._roster.get(model_id)
+        harness = self.harness_of(model_id) if model is None else model.harness
+        return harness.name == "command"
 
     def listings(self) -> list[Mapping[str, Entry]]:
         """Return what could be served, by id, of each engine kind."""
@@ -183,7 +191,7 @@ class Lifecycle:
             case "loaded" | "recovering" if model.state.is_recycling:
                 return self._serving(model)
             case "loaded":
-                assert isinstance(model.engine, EngineClient)
+                assert model.engine is not None
                 if not model.engine.can_serve:
                     # Its end is known here before the task that owns it has seen it.
                     raise recovering_error(model.id)
@@ -200,7 +208,6 @@ class Lifecycle:
                 raise model.harness.missing(model_id)
 
     def _serving(self, model: Model) -> Serving:
-        assert model.chat is not None
         assert model.admission is not None
         model.last_used_s = self._clock()
         model.num_requests += 1
@@ -234,7 +241,8 @@ class Lifecycle:
             LoadFailedError: the last attempt has just failed; the message has the cause.
             ShuttingDownError: the process is ending.
         """
-        harness = await self._harness_of(request.model_id, request.harness)
+        name = request.harness or (None if request.command is None else "command")
+        harness = await self._harness_of(request.model_id, name)
         harness.check(request)
         while True:
             if self.is_closing:

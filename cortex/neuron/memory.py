@@ -32,12 +32,23 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """Memory promised to a model; `is_taken` once a reading shows it."""
+    """Memory promised to a model; `is_taken` once a reading shows it.
+
+    Attributes:
+        num_bytes: on each of its devices.
+        more_devices: where a model spans several, those besides `device`.
+    """
 
     model_id: str
     device: int
     num_bytes: int
     is_taken: bool = False
+    more_devices: tuple[int, ...] = ()
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """All of its devices."""
+        return (self.device, *self.more_devices)
 
 
 class Resident(msgspec.Struct, kw_only=True, frozen=True):
@@ -63,10 +74,16 @@ class Shortage(msgspec.Struct, kw_only=True, frozen=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where a model goes and what it is promised there."""
+    """Where a model goes and what it is promised on each of these devices."""
 
     device: int
     num_bytes: int
+    more_devices: tuple[int, ...] = ()
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """The GPUs among them; none for the host."""
+        return () if self.device == HOST else (self.device, *self.more_devices)
 
     @property
     def engine_device(self) -> str:
@@ -79,12 +96,13 @@ class Wish:
     """What a load asks of memory.
 
     Attributes:
-        gpu_bytes: what it needs on a GPU.
+        gpu_bytes: what it needs on each GPU.
         host_bytes: what it needs on the CPU.
         gpu_cache_bytes, host_cache_bytes: the part of it that is cache.
         devices: None leaves the choice to the neuron; empty means the CPU.
         dtype, max_model_len: how it is loaded, by which its learned peaks are kept.
         learned: by device, what it took beside its cache when it was there before.
+        num_devices: how many GPUs it spans.
     """
 
     model_id: str
@@ -100,6 +118,8 @@ class Wish:
     def cache_bytes(self, device: int) -> int:
         """Return the cache it wants on a device."""
         return self.host_cache_bytes if device == HOST else self.gpu_cache_bytes
+
+    num_devices: int = 1
 
     def need_bytes(self, device: int) -> int:
         """Return what it needs on a device: the estimate, or what was learned if that is more."""
@@ -146,7 +166,7 @@ def place(
     residents: Sequence[Resident] = (),
     leaving: Collection[str] = (),
 ) -> Placement:
-    """Choose the device with the most free memory that the model fits on.
+    """Choose the device with the most free memory that the model fits on, or as many as it spans.
 
     Without GPUs, or with `devices` empty, that is the host.
 
@@ -157,8 +177,8 @@ def place(
 
     Raises:
         InsufficientMemoryError: it fits nowhere it may go.
-        BadRequestError: a device does not exist.
-        UnsupportedFieldError: more than one device is asked for.
+        BadRequestError: a device does not exist, or there are not enough.
+        UnsupportedFieldError: more devices are named than it spans.
         ServiceUnavailableError: there is no reading to plan with.
     """
     candidates = _candidates(wish, memory)
@@ -174,10 +194,11 @@ def place(
         )
         for each in candidates
     ]
-    best = max(shortages, key=lambda each: (each.free_bytes, -each.device))
-    if best.free_bytes >= best.needed_bytes:
-        return Placement(device=best.device, num_bytes=best.needed_bytes)
-    raise insufficient(wish.model_id, shortages, residents, leaving)
+    best = _emptiest(shortages, wish.num_devices)
+    if best[-1].free_bytes < best[-1].needed_bytes:
+        raise insufficient(wish.model_id, shortages, residents, leaving, wish.num_devices)
+    first, *more = sorted(each.device for each in best)
+    return Placement(device=first, num_bytes=best[-1].needed_bytes, more_devices=tuple(more))
 
 
 def insufficient(
@@ -185,12 +206,14 @@ def insufficient(
     shortages: Sequence[Shortage],
     residents: Sequence[Resident],
     leaving: Collection[str] = (),
+    num_devices: int = 1,
 ) -> InsufficientMemoryError:
     """Return the error that tells a caller what is missing and who could make room.
 
-    Its extras have the figures of every device, and those of the emptiest by themselves.
+    Its extras have the figures of every device, and by themselves those of the emptiest: of as
+    many as the model spans, the fullest of these.
     """
-    best = max(shortages, key=lambda each: (each.free_bytes, -each.device))
+    best = _emptiest(shortages, num_devices)[-1]
     where = "of host memory" if best.device == HOST else f"on GPU {best.device}"
     without = f" even without {', '.join(sorted(leaving))}" if leaving else ""
     return InsufficientMemoryError(
@@ -207,6 +230,10 @@ def insufficient(
     )
 
 
+def _emptiest(shortages: Sequence[Shortage], num_devices: int) -> list[Shortage]:
+    return sorted(shortages, key=lambda each: (-each.free_bytes, each.device))[:num_devices]
+
+
 def free_bytes(device: DeviceMemory, claims: Sequence[Claim], leaving: Collection[str] = ()) -> int:
     """Return what a load could take: the smaller of what the reading and the claims leave.
 
@@ -215,7 +242,7 @@ def free_bytes(device: DeviceMemory, claims: Sequence[Claim], leaving: Collectio
     Args:
         leaving: models whose memory counts as free.
     """
-    here = [each for each in claims if each.device == device.index]
+    here = [each for each in claims if device.index in each.devices]
     staying = [each for each in here if each.model_id not in leaving]
     returned = sum(each.num_bytes for each in here if each.is_taken) - sum(
         each.num_bytes for each in staying if each.is_taken
@@ -231,7 +258,7 @@ def unaccounted_bytes(device: DeviceMemory, claims: Sequence[Claim]) -> int | No
 
     None while a claim is not taken yet: the reading may show some of it or nothing.
     """
-    here = [each for each in claims if each.device == device.index]
+    here = [each for each in claims if device.index in each.devices]
     if not all(each.is_taken for each in here):
         return None
     used = device.total_bytes - device.free_bytes
@@ -241,21 +268,28 @@ def unaccounted_bytes(device: DeviceMemory, claims: Sequence[Claim]) -> int | No
 def _candidates(wish: Wish, memory: Sequence[DeviceMemory]) -> list[DeviceMemory]:
     gpus = {each.index: each for each in memory if each.index != HOST}
     host = [each for each in memory if each.index == HOST]
-    if wish.devices is None:
-        return list(gpus.values()) or host
-    if not wish.devices:
-        return host
-    if len(wish.devices) > 1:
-        raise UnsupportedFieldError(
-            "a model runs on one device here; name one in devices", param="devices"
-        )
-    index = wish.devices[0]
-    if index not in gpus:
-        known = ", ".join(map(str, sorted(gpus))) or "none"
+    if wish.devices is not None:
+        if not wish.devices:
+            return host
+        if len(wish.devices) > wish.num_devices:
+            spans = "one device" if wish.num_devices == 1 else f"{wish.num_devices} devices"
+            raise UnsupportedFieldError(
+                f"model '{wish.model_id}' runs on {spans}; name no more in devices",
+                param="devices",
+            )
+        missing = [index for index in wish.devices if index not in gpus]
+        if missing:
+            known = ", ".join(map(str, sorted(gpus))) or "none"
+            raise BadRequestError(
+                f"there is no GPU {missing[0]} on this host (there are: {known})", param="devices"
+            )
+        gpus = {index: gpus[index] for index in wish.devices}
+    if memory and wish.num_devices > max(1, len(gpus)):
         raise BadRequestError(
-            f"there is no GPU {index} on this host (there are: {known})", param="devices"
+            f"model '{wish.model_id}' needs {wish.num_devices} GPUs, there are {len(gpus)}",
+            param="devices",
         )
-    return [gpus[index]]
+    return list(gpus.values()) or host
 
 
 def _item_bytes(dtype: Dtype, *, on_gpu: bool) -> int:

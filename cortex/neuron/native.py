@@ -17,7 +17,7 @@ from cortex.core.neuron_api import LoadRequest
 from cortex.neuron.chat.model import ChatModel
 from cortex.neuron.engine.protocol import LoadModel
 from cortex.neuron.engine_client import EngineClient
-from cortex.neuron.harness import ModelNotLoadedError
+from cortex.neuron.harness import EngineLimits, ModelNotLoadedError
 from cortex.neuron.hub import Hub, is_repo_id, parse_source
 from cortex.neuron.jobs import Job
 from cortex.neuron.library import Entry, Library
@@ -64,11 +64,6 @@ class NativeHarness:
         # A directory that hangs may hang this thread and no other.
         self._scanner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="library scan")
         self._scan: asyncio.Future[None] | None = None
-
-    @property
-    def load_timeout_s(self) -> float:
-        """How long a load may take."""
-        return self._config.load_timeout_s
 
     def close(self) -> None:
         """Let the threads end."""
@@ -206,6 +201,16 @@ class NativeHarness:
             environment=self._environment,
             on_end=on_end,
             clock=self._clock,
+        )
+
+    def limits(self, _: Entry) -> EngineLimits:
+        """Return what a model may take, the same for all."""
+        admission = self._config.admission
+        return EngineLimits(
+            load_timeout_s=self._config.load_timeout_s,
+            max_in_flight=admission.max_in_flight,
+            max_queue_depth=admission.max_queue_depth,
+            max_wait_s=admission.max_wait_secs,
         )
 
     async def open_chat(self, entry: Entry) -> ChatModel:

@@ -15,7 +15,7 @@ from cortex.core.errors import (
 from cortex.core.neuron_api import LoadRequest
 from cortex.neuron.admission import Admission
 from cortex.neuron.chat.model import ChatModel
-from cortex.neuron.engine_client import EngineClient, recovering_error
+from cortex.neuron.engine_client import recovering_error
 from cortex.neuron.harness import Engine, Harness, LoadedModel
 from cortex.neuron.jobs import Job
 from cortex.neuron.library import Entry
@@ -126,10 +126,10 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """What a request needs of a loaded model."""
+    """What a request needs of a loaded model; `chat` is None where the engine does that itself."""
 
     model: Model
-    chat: ChatModel
+    chat: ChatModel | None
     admission: Admission
 
     @property
@@ -138,14 +138,14 @@ class Serving:
         return self.model.id
 
     @property
-    def engine(self) -> EngineClient:
+    def engine(self) -> Engine:
         """The engine of this moment; another one may have been started while a request waited.
 
         Raises:
             ModelRecoveringError: there is none just now.
         """
         engine = self.model.engine
-        if not isinstance(engine, EngineClient) or not engine.can_serve:
+        if engine is None or not engine.can_serve:
             raise recovering_error(self.model.id)
         return engine
 

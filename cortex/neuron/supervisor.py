@@ -6,6 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from cortex.core.config import TorchHarness
 from cortex.core.errors import (
     BadRequestError,
@@ -198,22 +200,25 @@ class Supervisor:
             opening = both.create_task(model.harness.open_chat(plan.entry), name=f"chat {model.id}")
             await engine.start(tasks)
             loaded = await engine.load(
-                on_progress=on_progress, timeout_s=model.harness.load_timeout_s
+                on_progress=on_progress,
+                timeout_s=model.harness.limits(plan.entry).load_timeout_s,
             )
         chat = opening.result()
         model.chat = None if chat is None else replace(chat, max_model_len=loaded.max_model_len)
         model.loaded = loaded
-        self._open(model, engine, loaded, job)
+        self._open(model, engine, plan, loaded, job)
 
-    def _open(self, model: Model, engine: Engine, loaded: LoadedModel, job: Job) -> None:
-        limits = self._config.admission
+    def _open(
+        self, model: Model, engine: Engine, plan: _Plan, loaded: LoadedModel, job: Job
+    ) -> None:
+        limits = model.harness.limits(plan.entry)
         model.engine = engine
         if model.admission is None or not model.state.is_recycling:
             model.admission = Admission(
                 model.id,
                 max_in_flight=limits.max_in_flight or loaded.max_num_seqs,
                 max_queue_depth=limits.max_queue_depth,
-                max_wait_s=limits.max_wait_secs,
+                max_wait_s=limits.max_wait_s,
                 on_idle=model.wake.set,
             )
         self._ledger.take(
@@ -364,8 +369,13 @@ class Supervisor:
         )
 
     def residents(self) -> list[Resident]:
-        """Return who holds memory, least recently used first."""
-        found = [each for each in map(self.resident, self._roster.all()) if each is not None]
+        """Return who holds memory, least recently used first; once for each of its devices."""
+        found = [
+            msgspec.structs.replace(resident, device=device)
+            for resident in map(self.resident, self._roster.all())
+            if resident is not None and (claim := self._ledger.claim(resident.id)) is not None
+            for device in claim.devices
+        ]
         return sorted(found, key=lambda each: -(each.last_used_s or float("inf")))
 
     def _remember_load(self, model_id: str, load_s: float) -> None:

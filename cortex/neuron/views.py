@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 import msgspec
 
 from cortex.core.build import version
+from cortex.core.command import CommandModel
 from cortex.core.neuron_api import (
     Activation,
     DeviceHealth,
@@ -172,7 +173,8 @@ class Views:
         )
 
     def _servable(self, harness: Harness, entry: Entry) -> ModelInfo:
-        facts = entry.facts
+        facts, command = entry.facts, entry.command
+        tool_call, reasoning = _traits(None, command)
         error = None if entry.error is None else entry.error.message
         return ModelInfo(
             id=entry.id,
@@ -180,8 +182,10 @@ class Views:
             status="unloaded",
             weight_bytes=None if facts is None else facts.weight_bytes,
             need_bytes=self._need_bytes(harness, entry),
-            capabilities=["text"],
+            capabilities=_capabilities(command),
             limit=self._limit(None, entry),
+            tool_call=tool_call,
+            reasoning=reasoning,
             servable=None if error is None else _unservable("unreadable_checkpoint", error),
             error=error,
         )
@@ -194,7 +198,8 @@ class Views:
         is_recycling = model.state.is_recycling
         status = "loaded" if is_recycling else model.state.status
         error = None if model.state.error is None else model.state.error.message
-        template = None if model.chat is None else model.chat.template
+        command = None if entry is None else entry.command
+        tool_call, reasoning = _traits(model.chat, command)
         is_loading = is_recycling or status in ("loading", "recovering")
         last_used_s = model.last_used_s
         need = self._need_bytes(model.harness, entry) if claim is None else claim.num_bytes
@@ -202,15 +207,15 @@ class Views:
             id=model.id,
             harness=model.harness.name,
             status=status,
-            devices=[] if claim is None or claim.device == HOST else [claim.device],
-            vram_used_mb=None if claim is None else claim.num_bytes // MIB,
+            devices=[] if claim is None or claim.device == HOST else list(claim.devices),
+            vram_used_mb=None if claim is None else claim.num_bytes // MIB * len(claim.devices),
             weight_bytes=None if facts is None else facts.weight_bytes,
             cache_bytes=None if loaded is None or claim is None else loaded.cache_bytes,
             need_bytes=need,
-            capabilities=["text"],
-            limit=self._limit(model.chat, entry),
-            tool_call=None if template is None else template.supports_tools,
-            reasoning=None if template is None else template.supports_thinking,
+            capabilities=_capabilities(command),
+            limit=self._limit(model, entry),
+            tool_call=tool_call,
+            reasoning=reasoning,
             servable=_recycling() if is_recycling else _servable(status, error),
             progress=model.job.progress if is_loading and model.job is not None else None,
             error=error,
@@ -230,13 +235,32 @@ class Views:
         wish = None if entry is None else harness.wish(entry, LoadRequest(model_id=entry.id))
         return None if wish is None else self._lifecycle.need_bytes(wish)
 
-    def _limit(self, chat: ChatModel | None, entry: Entry | None) -> Limit | None:
-        if chat is not None:
-            return Limit(context=chat.max_model_len)
+    def _limit(self, model: Model | None, entry: Entry | None) -> Limit | None:
+        if model is not None and model.chat is not None:
+            return Limit(context=model.chat.max_model_len)
+        if entry is not None and entry.command is not None:
+            loaded = None if model is None else model.loaded
+            context = entry.command.context if loaded is None else loaded.max_model_len or None
+            return None if context is None else Limit(context=context)
         if entry is None or entry.facts is None:
             return None
         longest = entry.facts.max_position_embeddings
         return Limit(context=min(longest, self._max_model_len or longest))
+
+
+def _capabilities(command: CommandModel | None) -> list[str]:
+    return ["text"] if command is None else command.capabilities
+
+
+def _traits(
+    chat: ChatModel | None, command: CommandModel | None
+) -> tuple[bool | None, bool | None]:
+    """Return whether a model can call tools and whether it can think, None where nobody says."""
+    if command is not None:
+        return command.tool_call, command.reasoning
+    if chat is not None and chat.template is not None:
+        return chat.template.supports_tools, chat.template.supports_thinking
+    return None, None
 
 
 def _servable(status: str, error: str | None) -> Servable:

@@ -24,6 +24,7 @@ from cortex.core.errors import (
 from cortex.core.neuron_api import LoadRequest
 from cortex.core.openai import ChatRequest, Message
 from cortex.neuron import residency
+from cortex.neuron.accounts import Accounts
 from cortex.neuron.chat.model import load_chat_model
 from cortex.neuron.harness import ModelNotLoadedError
 from cortex.neuron.hub import HubUnreachableError
@@ -147,10 +148,9 @@ async def test_a_stream_whose_engine_goes_before_its_first_byte_is_refused_and_n
             await tokens_of(it.stream("m", 66))
         inference = Inference(
             it.lifecycle,
-            metrics=Metrics(),
+            Accounts(it.lifecycle, Metrics(), clock=it.clock),
             open_chat=chat_model,
             constrain_tools=True,
-            clock=it.clock,
             wall_clock=it.clock,
         )
         request = ChatRequest(

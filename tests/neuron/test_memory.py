@@ -181,3 +181,30 @@ def test_what_was_promised_to_another_is_not_free_although_a_victim_leaves():
         Claim(model_id="rival", device=0, num_bytes=18 * GIB),
     ]
     assert free_bytes(gpu(0, 2), claims, {"old"}) == 4 * GIB
+
+
+def test_a_model_that_spans_devices_goes_to_the_emptiest_in_their_order():
+    memory = [HOST_32, gpu(0, 5), gpu(1, 4), gpu(2, 9), gpu(3, 1)]
+    placement = place(wish(num_devices=2), memory, [])
+    assert placement.gpus == (0, 2)
+    assert placement.engine_device == "cuda:0"
+
+
+def test_each_of_the_devices_that_a_model_spans_needs_room():
+    with pytest.raises(InsufficientMemoryError, match=r"on GPU 1, 1\.0 GiB"):
+        place(wish(num_devices=2), [gpu(0, 9), gpu(1, 1)], [])
+
+
+def test_a_model_that_spans_devices_is_claimed_on_each():
+    claim = Claim(model_id="other", device=0, more_devices=(1,), num_bytes=7 * GIB)
+    assert place(wish(), [gpu(0, 9), gpu(1, 9), gpu(2, 5)], [claim]).device == 2
+
+
+def test_more_devices_than_there_are_cannot_be_had():
+    with pytest.raises(BadRequestError, match="needs 2 GPUs, there are 1"):
+        place(wish(num_devices=2), [gpu(0, 9)], [])
+
+
+def test_named_devices_are_all_used():
+    memory = [gpu(0, 9), gpu(1, 8), gpu(2, 7)]
+    assert place(wish(num_devices=2, devices=[1, 2]), memory, []).gpus == (1, 2)

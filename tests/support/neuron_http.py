@@ -10,7 +10,14 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from cortex.core.config import Admission, DefaultModel, Harnesses, NeuronConfig, TorchHarness
+from cortex.core.config import (
+    Admission,
+    CommandHarness,
+    DefaultModel,
+    Harnesses,
+    NeuronConfig,
+    TorchHarness,
+)
 from cortex.core.serve import Listener, serve
 from cortex.core.trust import Trust
 from cortex.neuron.app import open_app
@@ -116,6 +123,7 @@ async def neuron(
     max_body_mb: int = 64,
     drain_s: float = 10.0,
     trust: Trust = OPEN,
+    command: CommandHarness | None = None,
     **torch: Any,
 ) -> AsyncIterator[Api]:
     """Run a neuron over `tmp_path/models` on a free port."""
@@ -131,7 +139,7 @@ async def neuron(
     )
     config = NeuronConfig(
         state_dir=str(tmp_path / "state"),
-        harness=Harnesses(torch=harness),
+        harness=Harnesses(torch=harness, command=command or CommandHarness()),
         default_models=list(default_models),
         max_body_mb=max_body_mb,
         **msgspec.structs.asdict(trust),

@@ -1,0 +1,1 @@
+"""External engines: other people's servers, started from a command and spoken to over HTTP."""
