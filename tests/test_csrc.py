@@ -63,6 +63,13 @@ def test_an_array_in_local_memory_fails(tmp_path):
     assert "64 bytes of local memory" in done.stderr
 
 
+def test_a_wait_that_ptxas_puts_between_products_fails(tmp_path):
+    said = "ptxas info    : (C7517) warpgroup.wait is injected in around line 7 by compiler"
+    done = check(tmp_path, f"{said}\n{CLEAN}")
+    assert done.returncode == 1
+    assert "(C7517) warpgroup.wait is injected" in done.stderr
+
+
 def test_a_source_that_does_not_compile_fails_with_what_nvcc_said(tmp_path):
     done = check(tmp_path, "gdn.cu(1): error: expected a declaration", code=2)
     assert done.returncode == 1

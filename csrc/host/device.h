@@ -264,14 +264,20 @@ inline int max_shared_bytes() {
     return static_cast<int>(host::kMaxSharedBytes);
 }
 inline int compute_capability() {
-    return 80;
+    return host::machine.capability();
 }
 
-// Copies are made as late as may be, so that a missing wait shows.
+// Copies are made as late as may be, so that a missing wait shows; or at once, so that what they
+// overwrite too early does.
 inline void cp_async_16(void* to, const void* from, bool valid) {
     host::check_aligned(to, 16, "cp.async to");
     if (valid) host::check_aligned(from, 16, "cp.async from");
-    host::machine.current().copies.back().push_back({to, from, valid});
+    const host::PendingCopy copy{to, from, valid};
+    if (host::machine.is_eager()) {
+        copy.make();
+    } else {
+        host::machine.current().copies.back().push_back(copy);
+    }
 }
 inline void cp_async_commit() {
     host::machine.current().copies.emplace_back();
@@ -282,13 +288,7 @@ inline void cp_async_wait() {
     const size_t open = 1;
     size_t done = groups.size() > kGroups + open ? groups.size() - kGroups - open : 0;
     for (size_t i = 0; i < done; ++i) {
-        for (const host::PendingCopy& copy : groups[i]) {
-            if (copy.valid) {
-                std::memcpy(copy.to, copy.from, 16);
-            } else {
-                std::memset(copy.to, 0, 16);
-            }
-        }
+        for (const host::PendingCopy& copy : groups[i]) copy.make();
     }
     groups.erase(groups.begin(), groups.begin() + static_cast<std::ptrdiff_t>(done));
 }

@@ -36,6 +36,14 @@ struct PendingCopy {
     void* to;
     const void* from;
     bool valid;
+
+    void make() const {
+        if (valid) {
+            std::memcpy(to, from, 16);
+        } else {
+            std::memset(to, 0, 16);
+        }
+    }
 };
 
 struct Fiber {
@@ -72,7 +80,7 @@ class Machine {
             grid.x > 2147483647u) {
             return kInvalidLaunch;
         }
-        grid_ = grid, block_ = block;
+        grid_ = grid, block_ = block, shared_bytes_ = shared_bytes;
         body_ = [](const void* context) { (*static_cast<const Body*>(context))(); };
         context_ = &body;
         const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
@@ -91,8 +99,14 @@ class Machine {
     Index block_dim() const { return block_; }
     Index grid_dim() const { return grid_; }
     unsigned char* shared() { return shared_; }
+    size_t shared_bytes() const { return shared_bytes_; }
+    uint64_t blocks_begun() const { return blocks_begun_; }
     WarpExchange& warp() { return warps_[fibers_[current_].rank / kWarpSize]; }
     void set_order(int order) { order_ = order, random_ = 0x9e3779b9u + order; }
+    // Whether what is asynchronous happens at once, and not as late as it may.
+    bool is_eager() const { return order_ == 1; }
+    int capability() const { return capability_; }
+    void set_capability(int capability) { capability_ = capability; }
 
     // Blocks the current fiber until `expected` fibers have come.
     void meet(Barrier& barrier, int expected, const char* where) {
@@ -126,6 +140,7 @@ class Machine {
     bool run_block(int threads) {
         std::memset(shared_, 0xff, sizeof shared_);  // NaN in every float type
         num_threads_ = threads;
+        ++blocks_begun_;
         block_barrier_.waiting.clear();
         for (Barrier& barrier : named_) barrier.waiting.clear();
         ready_.clear();
@@ -226,7 +241,9 @@ class Machine {
     Barrier block_barrier_;
     Barrier named_[16];
     jmp_buf scheduler_;
-    int current_ = 0, num_threads_ = 0, order_ = 0, idle_polls_ = 0;
+    int current_ = 0, num_threads_ = 0, order_ = 0, idle_polls_ = 0, capability_ = 80;
+    size_t shared_bytes_ = 0;
+    uint64_t blocks_begun_ = 0;
     uint32_t random_ = 1;
     Index grid_, block_, index_;
     void (*body_)(const void*) = nullptr;
@@ -252,8 +269,13 @@ inline void Machine::life() {
 }  // namespace gdn::host
 
 extern "C" {
-// 0: by rank; 1: the other way round; others: at random, with this seed.
+// 0: by rank; 1: the other way round, and what is asynchronous happens at once; others: at random,
+// with this seed.
 __attribute__((used, visibility("default"))) inline void gdn_host_set_order(int order) {
     gdn::host::machine.set_order(order);
+}
+// The compute capability that launchers see: 80, or 90 for Hopper's own kernels.
+__attribute__((used, visibility("default"))) inline void gdn_host_set_capability(int capability) {
+    gdn::host::machine.set_capability(capability);
 }
 }

@@ -16,6 +16,12 @@ CUDA = "cuda"
 # The CUDA kernels on the host, and the order in which the threads of a block take their turns.
 HOST_CUDA = "host-cuda"
 HOST_CUDA_ORDERS = {HOST_CUDA: 0, "host-cuda-reverse": 1, "host-cuda-random": 20}
+# The same as Hopper runs them, which has a kernel of its own in gdn_prefill.
+HOST_SM90 = "host-cuda-sm90"
+HOST_SM90_ORDERS = {HOST_SM90: 0, "host-cuda-sm90-reverse": 1, "host-cuda-sm90-random": 20}
+_ON_HOST = {name: (order, 80) for name, order in HOST_CUDA_ORDERS.items()} | {
+    name: (order, 90) for name, order in HOST_SM90_ORDERS.items()
+}
 
 
 def implementation(name: str) -> Any:
@@ -33,8 +39,8 @@ class Operators:
         self.name = name
         self.device = torch.device("cuda" if name == CUDA else "cpu")
         # Of the CUDA kernels, wherever they run.
-        self.is_cuda = name in {*HOST_CUDA_ORDERS, CUDA}
-        if name in HOST_CUDA_ORDERS:
+        self.is_cuda = name in {*_ON_HOST, CUDA}
+        if name in _ON_HOST:
             host_cuda.load()
         elif name != TORCH:
             assert extension.serves(self.device), f"the operators are not built for {self.device}"
@@ -50,8 +56,10 @@ class Operators:
     def _chosen(self) -> Iterator[Any]:
         if self.name == TORCH:
             yield gdn_torch
-        elif self.name in HOST_CUDA_ORDERS:
-            host_cuda.set_fiber_order(HOST_CUDA_ORDERS[self.name])
+        elif self.name in _ON_HOST:
+            order, capability = _ON_HOST[self.name]
+            host_cuda.set_fiber_order(order)
+            host_cuda.set_capability(capability)
             yield getattr(torch.ops, host_cuda.NAMESPACE)
         elif self.name in CPUS:
             if not torch.ops.cortex.set_cpu_capability(self.name.removeprefix("cpu-")):

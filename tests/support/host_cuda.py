@@ -52,6 +52,11 @@ def set_fiber_order(order: int) -> None:
     _functions(load()).gdn_host_set_order(ctypes.c_int(order))
 
 
+def set_capability(capability: int) -> None:
+    """Choose the compute capability that the launchers see: 80, or 90 for Hopper's own kernels."""
+    _functions(load()).gdn_host_set_capability(ctypes.c_int(capability))
+
+
 def build(kernels: Iterable[Path], namespace: str, folder: Path) -> Path:
     """Compile some kernels and the bindings into a library of operators of a namespace.
 
@@ -67,7 +72,7 @@ def build(kernels: Iterable[Path], namespace: str, folder: Path) -> Path:
     shared = _digest_of_headers()
     includes = [f"-I{CSRC}"]
     objects = [
-        _compile(kernel, ["-DGDN_HOST", "-x", "c++", *includes], shared, folder)
+        _compile(kernel, ["-DGDN_HOST", "-DGDN_SM90A", "-x", "c++", *includes], shared, folder)
         for kernel in kernels
     ]
     bindings = [
