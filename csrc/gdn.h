@@ -170,7 +170,8 @@ int gdn_cuda_fused_gdn_gating(const struct GdnGating* args, void* stream);
 int gdn_cuda_gdn_gated_norm(const struct GdnNorm* args, void* stream);
 int gdn_cuda_gdn_decode_step(const struct GdnStep* args, void* stream);
 int gdn_cuda_gdn_verify(const struct GdnStep* args, void* stream);
-// Any shape and dtype: tensor cores where `gdn_cuda_prefill_path` names one, else the plain kernel.
+// Any shape and dtype: on tensor cores for f16 and bf16 with head dims of 64 or 128, where rows can be
+// read 16 bytes at a time, else by the plain kernel.
 int gdn_cuda_gdn_prefill(const struct GdnRule* args, void* stream);
 // Bytes of workspace that gdn_cuda_gdn_prefill wants for these sizes on the current device.
 int64_t gdn_cuda_prefill_workspace(const struct GdnRule* args);

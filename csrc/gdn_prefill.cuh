@@ -113,3 +113,8 @@ int prefill_sm90_scan(const GdnRule& p, const PrefillWorkspace& w, void* stream)
 #endif
 
 }  // namespace gdn
+
+#ifdef GDN_SM90A
+// For tests on Hopper: 0 leaves the scan to mma.sync, 1 is as it was.
+extern "C" void gdn_cuda_allow_sm90(int allowed);
+#endif

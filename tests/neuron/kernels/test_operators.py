@@ -13,6 +13,8 @@ from tests.support.gdn_operators import (
     CUDA,
     HOST_CUDA,
     HOST_CUDA_ORDERS,
+    HOST_SM90,
+    HOST_SM90_ORDERS,
     TORCH,
     Operators,
     implementation,
@@ -56,6 +58,7 @@ CASES = [
 ]
 # Rows of states that the fibers pass in a test, at most: some 0.5 s.
 MAX_HOST_WORK = 80_000
+MAX_HOPPER_WORK = 160_000
 TINY = Heads(k_heads=1, v_heads=2, k_dim=64, v_dim=16)
 HOST_CASES = [
     RuleCase(lengths=(1, 65, 0, 7), padding=(3,), heads=TINY),
@@ -91,6 +94,20 @@ def matrix(cases, host_cases):
     return [
         pytest.param(case, name, id=f"{case}-{name}", marks=implementation(name).marks)
         for case, name in pairs
+    ]
+
+
+def on_hopper(cases, host_cases):
+    """Return the cases that Hopper has a kernel of its own for, with the fibers running it."""
+    pairs = [(case, HOST_SM90) for case in cases]
+    pairs += [(case, name) for case in host_cases for name in HOST_SM90_ORDERS]
+    return [
+        pytest.param(case, name, id=f"{case}-{name}")
+        for case, name in pairs
+        if case.dtype != F32
+        and case.heads.k_dim == case.heads.v_dim
+        and case.heads.k_dim in {64, 128}
+        and sum(case.lengths) * case.heads.v_heads * case.heads.v_dim <= MAX_HOPPER_WORK
     ]
 
 
@@ -202,6 +219,28 @@ HOST_PREFILL_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("case", "name"), matrix(PREFILL_CASES, HOST_PREFILL_CASES))
+# Three and more value heads get two warpgroups a block on the fibers' four multiprocessors.
+WIDE = Heads(k_heads=1, v_heads=3, k_dim=128, v_dim=128)
+HOPPER_CASES = [
+    *HOST_PREFILL_CASES,
+    RuleCase(lengths=(1, 65, 0, 7), padding=(3,), heads=SMALL, dtype=BF16, state_dtype=BF16),
+    RuleCase(lengths=(5, 4), padding=(0,), no_slot=99, heads=SMALL, dtype=F16, state_dtype=BF16),
+    RuleCase(lengths=(70, 3), heads=WIDE, padding=(1,), dtype=F16, strided=True),
+    RuleCase(lengths=(400,), heads=WIDE, dtype=BF16),
+    RuleCase(
+        lengths=(200, 70),
+        heads=SMALL,
+        dtype=BF16,
+        state_dtype=BF16,
+        max_segment_chunks=2,
+        snapshots_at=((1, 70), (0, 1), (0, 100), (0, 64)),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [*matrix(PREFILL_CASES, HOST_PREFILL_CASES), *on_hopper(PREFILL_CASES, HOPPER_CASES)],
+)
 def test_prefills_follow_float64(case, name):
     check(Operators(name), PREFILL, case)

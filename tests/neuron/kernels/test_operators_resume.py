@@ -13,6 +13,8 @@ from tests.support.gdn_operators import (
     CUDA,
     HOST_CUDA,
     HOST_CUDA_ORDERS,
+    HOST_SM90,
+    HOST_SM90_ORDERS,
     TORCH,
     Operators,
     implementation,
@@ -21,7 +23,11 @@ from tests.support.gdn_operators import (
 BF16, F32 = torch.bfloat16, torch.float32
 ONCE = [implementation(name) for name in (TORCH, *CPUS, HOST_CUDA, CUDA)]
 EVERY = [implementation(name) for name in (TORCH, *CPUS, *HOST_CUDA_ORDERS, CUDA)]
+# Where a prefill's heads are those that Hopper has a kernel of its own for.
+PREFILL_ONCE = [*EVERY, implementation(HOST_SM90)]
+PREFILL_EVERY = [*EVERY, *[implementation(name) for name in HOST_SM90_ORDERS]]
 RULES = ("gated_delta_rule_recurrence", "chunked_gated_delta_rule_recurrence", "gdn_prefill")
+CUTS = [1, 3, 31, 63, 64, 65, 97, 127, 128, 129]
 HEADS = Heads(k_heads=1, v_heads=2, k_dim=64, v_dim=32)
 # Those of the models, which tensor cores serve.
 FULL = Heads(k_heads=1, v_heads=1, k_dim=128, v_dim=128)
@@ -65,11 +71,21 @@ def assert_near(case, got, truth, out_parts):
     assert gdn_cases.error(got, truth.states[0]) <= bound
 
 
+@pytest.mark.parametrize("cut", CUTS)
+def test_two_parts_equal_the_whole_on_hopper(cut):
+    check_two_parts(BF16, "gdn_prefill", cut, HOST_SM90)
+
+
 @pytest.mark.parametrize("name", ONCE)
-@pytest.mark.parametrize("cut", [1, 3, 31, 63, 64, 65, 97, 127, 128, 129])
+@pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("op", RULES)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_two_parts_equal_the_whole(dtype, op, cut, name):
+    check_two_parts(dtype, op, cut, name)
+
+
+def check_two_parts(dtype, op, cut, name):
+    """Compare two calls with the float64 result of one."""
     operators = Operators(name)
     case = RuleCase(lengths=(130,), heads=FULL if dtype == BF16 else HEADS, dtype=dtype)
     inputs = gdn_cases.make_rule(case, operators.device)
@@ -92,7 +108,7 @@ def test_many_parts_equal_the_whole(op, name):
     assert_near(case, inputs.states[int(inputs.slots[0])], truth, outs)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", PREFILL_ONCE)
 @pytest.mark.parametrize("segments", [None, 1])
 @pytest.mark.parametrize("state_dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("at", [1, 64, 70, 149, 150])
@@ -124,7 +140,7 @@ def test_a_sequence_resumed_from_a_snapshot_goes_on_as_it_did(at, state_dtype, s
     assert gdn_cases.error(again[int(other[0])], first[slot].double().cpu()) <= bound
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", PREFILL_EVERY)
 @pytest.mark.parametrize("decay", [None, -0.001, -20.0])
 def test_segments_change_nothing(decay, name):
     operators = Operators(name)

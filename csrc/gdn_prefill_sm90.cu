@@ -1,0 +1,449 @@
+// The scan of gdn_prefill on Hopper: wgmma, bulk copies, a warpgroup that fetches for one or two that
+// compute. Maths and tiles: gdn_prefill.cuh.
+
+#ifdef GDN_SM90A
+
+#include <atomic>
+
+#include "gdn_prefill.cuh"
+#include "gdn_scan.cuh"
+#include "launchers.h"
+#include "sm90.cuh"
+
+namespace gdn {
+// Not anonymous: the passes for other architectures refer to little of it, and would say so.
+namespace sm90 {
+
+constexpr int kGroupThreads = 128;
+constexpr int kGroupWarps = kGroupThreads / 32;
+constexpr int kGroupRows = kGroupWarps * kWarpRows;  // rows of values of a warpgroup
+constexpr int kMaxGroups = 2;
+constexpr int kMaxThreads = (1 + kMaxGroups) * kGroupThreads;
+constexpr int kStages = 3;
+// Of a thread; a block of kMaxThreads has 65536 together.
+constexpr int kFetchRegisters = 40, kScanRegisters = 232;
+static_assert(kGroupThreads * (kFetchRegisters + kMaxGroups * kScanRegisters) <= 65536);
+
+// A token's values lie 16 bytes further apart than they are long: ldmatrix then has no bank conflicts.
+constexpr int kTokenBytes = 2 * kGroupRows + 16;
+constexpr int kGroupValueBytes = kChunk * kTokenBytes;
+constexpr int kPatternBytes = 1024;  // of the swizzle; stages begin at multiples of it
+
+// Shared memory: stages of a ring that hold one chunk's operands each, every warp's outputs on their
+// way to memory, and two barriers a stage.
+template <int D>
+struct ScanRing {
+    static constexpr int kKeyBytes = kChunk * D * 2;
+    static constexpr int kQueries = kKeyBytes, kInverses = 2 * kKeyBytes;
+    static constexpr int kScores = kInverses + kTileBytes, kGates = kScores + kTileBytes;
+    static constexpr int kValues = kGates + kGateBytes;
+    static_assert(kValues % kPatternBytes == 0 && kGroupValueBytes % kPatternBytes == 0);
+
+    unsigned char *stages, *outputs;
+    Mbarrier *full, *empty;  // [kStages]: filled by the fetching warpgroup; read by all the others
+    int stage_bytes;
+
+    __device__ ScanRing(unsigned char* shared, int groups) {
+        stages = shared + (-shared_offset(shared) & (kPatternBytes - 1));
+        stage_bytes = kValues + groups * kGroupValueBytes;
+        outputs = stages + kStages * stage_bytes;
+        full = reinterpret_cast<Mbarrier*>(outputs + groups * kGroupWarps * kValueBytes);
+        empty = full + kStages;
+    }
+    static size_t bytes(int groups) {
+        return kPatternBytes + kStages * (kValues + groups * kGroupValueBytes) +
+               groups * kGroupWarps * kValueBytes + 2 * kStages * sizeof(Mbarrier);
+    }
+};
+
+// The stage of the ring that is next, and the parity of the phase that its barriers are in.
+struct ScanTurn {
+    int stage = 0, parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+};
+
+// The fetching warpgroup: of each chunk keys, queries, T, P and gates in bulk, whose images in the
+// workspace are those of shared memory, and the values by cp.async, since tokens lie apart.
+template <class T, int D>
+__device__ __forceinline__ void fetch_chunks(const GdnRule& p, const PrefillWorkspace& w,
+                                             const ScanUnit& unit, const ScanRing<D>& ring,
+                                             int begin, int end) {
+    using Ring = ScanRing<D>;
+    const int4* chunks = reinterpret_cast<const int4*>(p.chunks);
+    const int token_units = unit.warps * kRowBytes / 16;
+    const int at = threadIdx.x % token_units, first = threadIdx.x / token_units;
+    const int step = kGroupThreads / token_units;
+    const T* head_values =
+        static_cast<const T*>(p.v) + int64_t{unit.head} * p.v_dim + unit.first_row + at * 8;
+    const int value_place =
+        Ring::kValues + at / 8 * kGroupValueBytes + first * kTokenBytes + at % 8 * 16;
+    ScanTurn turn;
+    int4 described = chunks[begin];
+#pragma unroll 1
+    for (int chunk = begin; chunk < end; ++chunk) {
+        unsigned char* stage = ring.stages + turn.stage * ring.stage_bytes;
+        Mbarrier* full = ring.full + turn.stage;
+        const int4 next = chunks[min(chunk + 1, end - 1)];
+        mbarrier_wait(ring.empty + turn.stage, turn.parity ^ 1);
+        if (threadIdx.x == 0) {
+            mbarrier_arrive_expect(full, Ring::kValues);
+            const int64_t key_tile = key_tile_offset(p, chunk, unit.k_head);
+            const int64_t value_tile = value_tile_offset(p, chunk, unit.head);
+            bulk_copy(stage, w.keys + key_tile, Ring::kKeyBytes, full);
+            bulk_copy(stage + Ring::kInverses, w.inverses + value_tile, kTileBytes, full);
+            bulk_copy(stage + Ring::kGates, w.gates + gate_offset(p, chunk, unit.head), kGateBytes,
+                      full);
+            bulk_copy(stage + Ring::kQueries, w.queries + key_tile, Ring::kKeyBytes, full);
+            bulk_copy(stage + Ring::kScores, w.scores + value_tile, kTileBytes, full);
+        }
+        unsigned char* to = stage + value_place;
+        const T* from = head_values + (described.x + first) * p.v_stride;
+#pragma unroll 1
+        for (int token = first; token < kChunk; token += step) {
+            const bool valid = token < described.y;
+            cp_async_16(to, valid ? from : static_cast<const T*>(p.v), valid);
+            to += step * kTokenBytes, from += step * p.v_stride;
+        }
+        mbarrier_arrive_after_copies(full);
+        described = next;
+        turn.advance();
+    }
+}
+
+// x = or += left operand (64 rows of 16 kSteps) times the transpose of a tile of 64 rows.
+template <bool kAdds, int kSteps>
+__device__ __forceinline__ void multiply_tile(float (&x)[8][4],
+                                              const uint32_t (&operand)[kSteps][4],
+                                              const unsigned char* tile) {
+    const uint64_t start = matrix_descriptor<PanelRows::kColumns>(tile);
+    wgmma_m64n64k16<PanelRows::kColumns, kAdds>(x, operand[0], start);
+#pragma unroll
+    for (int step = 1; step < kSteps; ++step) {
+        const int bytes = step / 4 * kPanelBytes + step % 4 * 32;
+        wgmma_m64n64k16<PanelRows::kColumns, true>(x, operand[step],
+                                                   descriptor_after(start, bytes));
+    }
+}
+
+// state += left operand (64 rows of 64 tokens) times keys.
+template <int D>
+__device__ __forceinline__ void multiply_keys(float (&state)[D / 8][4],
+                                              const uint32_t (&operand)[4][4],
+                                              const unsigned char* keys) {
+    const uint64_t start = matrix_descriptor<PanelRows::kRows>(keys);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+#pragma unroll
+        for (int panel = 0; panel < D / 64; ++panel) {
+            const int bytes = panel * kPanelBytes + step * 16 * 128;
+            wgmma_m64n64k16<PanelRows::kRows, true>(&state[8 * panel], operand[step],
+                                                    descriptor_after(start, bytes));
+        }
+    }
+}
+
+// x = beta (V - exp(G) x) for a warp's rows, V times 2^exponents.
+template <class T>
+__device__ __forceinline__ void subtract_from_values(float (&x)[8][4],
+                                                     const uint32_t (&values)[4][4],
+                                                     const unsigned char* gates,
+                                                     const int (&exponents)[2]) {
+    const int pair = threadIdx.x % 4 * 2;
+    const float scale[2] = {power_of_two(exponents[0]), power_of_two(exponents[1])};
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        const float2 beta = gates_at(gates, kBeta, 8 * n + pair);
+        const float2 decay = gates_at(gates, kBetaDecay, 8 * n + pair);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float2 value = unpack2<T>(values[n / 2][n % 2 * 2 + half]);
+            x[n][2 * half] = beta.x * (value.x * scale[half]) - decay.x * x[n][2 * half];
+            x[n][2 * half + 1] = beta.y * (value.y * scale[half]) - decay.y * x[n][2 * half + 1];
+        }
+    }
+}
+
+// Multiplies each token's column by a gate.
+__device__ __forceinline__ void scale_tokens(float (&x)[8][4], const unsigned char* gates,
+                                             PrefillGate gate) {
+    const int pair = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        const float2 factor = gates_at(gates, gate, 8 * n + pair);
+        x[n][0] *= factor.x, x[n][1] *= factor.y;
+        x[n][2] *= factor.x, x[n][3] *= factor.y;
+    }
+}
+
+__device__ __forceinline__ void pack_tokens(uint32_t (&to)[4][4], const float (&x)[8][4]) {
+#pragma unroll
+    for (int step = 0; step < 4; ++step) pack_block(to[step], x[2 * step], x[2 * step + 1]);
+}
+
+// Of a 16 x 16 block of values, 16 tokens by 2 units of 16 bytes, the row that a lane names to
+// ldmatrix_x4_trans and stmatrix_x4_trans, whose registers are then an accumulator's blocks.
+__device__ __forceinline__ int lane_token() {
+    return (threadIdx.x >> 4 & 1) * 8 + (threadIdx.x & 7);
+}
+__device__ __forceinline__ int lane_unit() {
+    return threadIdx.x >> 3 & 1;
+}
+
+// Writes a warp's 16 rows of outputs of a chunk, by way of its part of shared memory.
+template <class T>
+__device__ __forceinline__ void write_outputs(const float (&x)[8][4], unsigned char* staged, T* out,
+                                              int64_t token_stride, int tokens) {
+    const SharedAddress own = shared_address(staged) + value_offset(lane_token(), lane_unit());
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        uint32_t block[4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float* row = x[2 * j + i];
+            block[2 * i] = pack2<T>(row[0], row[1]);
+            block[2 * i + 1] = pack2<T>(row[2], row[3]);
+        }
+        stmatrix_x4_trans(own + j * 16 * kRowBytes, block);
+    }
+    __syncwarp();
+    const int first = threadIdx.x % 32 / 2, unit = threadIdx.x % 2;
+#pragma unroll
+    for (int pass = 0; pass < 4; ++pass) {
+        const int token = pass * 16 + first;
+        if (token >= tokens) continue;
+        *reinterpret_cast<uint4*>(out + token * token_stride + unit * 8) =
+            *reinterpret_cast<const uint4*>(staged + value_offset(token, unit));
+    }
+}
+
+// A computing warpgroup: its 64 rows of the state over the chunks of a segment.
+//
+// The chain from state to state is S K^T, R T^T and V'^T K; what reads out is asked for where the
+// tensor cores would else wait for it: S Q^T while R is made of S K^T, V' P^T while the new state is
+// packed, and a chunk's outputs leave during the next one's S K^T.
+template <class T, int D>
+__device__ __forceinline__ void scan_chunks(const GdnRule& p, const PrefillWorkspace& w,
+                                            const ScanUnit& unit, const ScanRing<D>& ring,
+                                            int begin, int end, bool is_last, int64_t slot) {
+    using Ring = ScanRing<D>;
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32 - kGroupWarps;  // among those that compute
+    const int warp_row = unit.first_row + warp * kWarpRows, row = warp_row + lane / 4;
+    const int64_t head_size = int64_t{p.v_dim} * D;
+    const int64_t in_slot = (slot * p.num_v_heads + unit.head) * head_size;
+    const int4* chunks = reinterpret_cast<const int4*>(p.chunks);
+    const int64_t token_stride = int64_t{p.num_v_heads} * p.v_dim;
+    T* out = static_cast<T*>(p.out) + int64_t{unit.head} * p.v_dim + warp_row;
+    unsigned char* staged = ring.outputs + warp * kValueBytes;
+    const int value_place = Ring::kValues + warp / kGroupWarps * kGroupValueBytes +
+                            lane_token() * kTokenBytes +
+                            (warp % kGroupWarps * 2 + lane_unit()) * 16;
+
+    ScanRows<D> rows;
+    rows.exponents[0] = rows.exponents[1] = 0;
+    rows.last_delta = 0;
+    if (w.starts != nullptr) {
+        const int64_t in_segment = (unit.segment * p.num_v_heads + unit.head) * head_size;
+        load_rows(rows, w.starts, in_segment, kGdnFloat32, row);
+    } else if (p.state_dtype == kGdnBFloat16) {
+        // Asked for once, so that all loads are under way together.
+        load_rows(rows, p.states, in_slot, kGdnBFloat16, row);
+    } else {
+        load_rows(rows, p.states, in_slot, kGdnFloat32, row);
+    }
+
+    rows.fit_state();
+    rows.pack();
+    ScanTurn turn;
+    int4 last{};  // the chunk whose outputs are still to be written
+    float outputs[8][4];
+#pragma unroll 1
+    for (int chunk = begin; chunk < end; ++chunk) {
+        const unsigned char* stage = ring.stages + turn.stage * ring.stage_bytes;
+        const unsigned char* gates = stage + Ring::kGates;
+        const int4 described = chunks[chunk];
+        float x[8][4], read[8][4];
+        uint32_t fresh[4][4], right[4][4];
+        mbarrier_wait(ring.full + turn.stage, turn.parity);
+        wgmma_fence();
+        multiply_tile<false>(x, rows.operand, stage);
+        wgmma_commit();
+
+        if (chunk > begin) {
+            write_outputs(outputs, staged, out + last.x * token_stride, token_stride, last.y);
+        }
+        uint32_t values[4][4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            ldmatrix_x4_trans(values[j],
+                              shared_address(stage) + (value_place + j * 16 * kTokenBytes));
+        }
+        wgmma_fence();
+        multiply_tile<false>(read, rows.operand, stage + Ring::kQueries);
+        wgmma_commit();
+
+        wgmma_wait<1>();
+        wgmma_settle(x);
+        subtract_from_values<T>(x, values, gates, rows.exponents);
+        bool is_rescaled = false;
+        float2 factors{};
+        rows.fit_deltas(x, [&](float2 by) { is_rescaled = true, factors = by; });
+        pack_tokens(right, x);
+        wgmma_fence();
+        multiply_tile<false>(x, right, stage + Ring::kInverses);
+        wgmma_commit();
+
+        const float whole = gates_at(gates, kFromStart, kChunk - 2).y;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) rows.state[n][e] *= whole;
+        }
+        wgmma_wait<0>();
+        wgmma_settle(x), wgmma_settle(read), wgmma_settle(right), wgmma_settle(rows.operand);
+        pack_tokens(fresh, x);
+        scale_tokens(x, gates, kToEnd);
+        pack_tokens(right, x);
+        wgmma_fence();
+        multiply_keys<D>(rows.state, right, stage);
+        wgmma_commit();
+
+        scale_tokens(read, gates, kFromStart);
+        if (is_rescaled) {
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                read[n][0] *= factors.x, read[n][1] *= factors.x;
+                read[n][2] *= factors.y, read[n][3] *= factors.y;
+            }
+        }
+        const float out_scale[2] = {power_of_two(-rows.exponents[0]),
+                                    power_of_two(-rows.exponents[1])};
+        __syncwarp();
+        wgmma_fence();
+        multiply_tile<true>(read, fresh, stage + Ring::kScores);
+        wgmma_commit();
+
+        wgmma_wait<1>();
+        wgmma_settle(rows.state), wgmma_settle(right);
+        if (described.w >= 0) {
+            store_rows(rows, p.snapshots,
+                       (int64_t{described.w} * p.num_v_heads + unit.head) * head_size,
+                       p.state_dtype, row);
+        }
+        rows.fit_state();
+        rows.pack();
+        wgmma_wait<0>();
+        wgmma_settle(read), wgmma_settle(fresh);
+        // The lanes have read gates and values, and now the products have read the rest.
+        if (lane == 0) mbarrier_arrive(ring.empty + turn.stage);
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) outputs[n][e] = read[n][e] * out_scale[e / 2];
+        }
+        last = described;
+        turn.advance();
+    }
+    write_outputs(outputs, staged, out + last.x * token_stride, token_stride, last.y);
+    if (is_last) store_rows(rows, p.states, in_slot, p.state_dtype, row);
+}
+
+// What prefill_scan_kernel does but for the maps.
+//
+// Block (tile of 64 rows of values a computing warpgroup, value head, segment): one warpgroup that
+// fetches and one or two that compute, ScanRing::bytes of shared memory. A computing warpgroup owns
+// its rows of the state, 64 x D float32 in registers in wgmma's layout, and all products on them;
+// each of its warps keeps the scale of its own rows. Warpgroups share the ring of operands and nothing
+// else. Padding sequences get zero outputs.
+template <class T, int D>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    prefill_scan_sm90_kernel(GdnRule p, PrefillWorkspace w, int tiles) {
+#ifdef GDN_SM90A_CODE
+    GDN_DYNAMIC_SHARED(dynamic);
+    const int groups = static_cast<int>(blockDim.x) / kGroupThreads - 1;
+    ScanUnit unit;
+    unit.warps = groups * kGroupWarps;
+    unit.first_row = static_cast<int>(blockIdx.x % tiles) * groups * kGroupRows;
+    unit.head = static_cast<int>(blockIdx.x / tiles % p.num_v_heads);
+    unit.segment = blockIdx.x / tiles / p.num_v_heads;
+    unit.k_head = unit.head / (p.num_v_heads / p.num_k_heads);
+    const int4 segment = reinterpret_cast<const int4*>(p.segments)[unit.segment];
+    const int begin = segment.y, end = segment.z;
+    if (begin >= end) return;
+    const int64_t slot = slot_of(p, segment.x);
+    if (slot < 0) {
+        zero_outputs<T>(p, unit, begin, end);
+        return;
+    }
+
+    const ScanRing<D> ring(dynamic, groups);
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < kStages; ++stage) {
+            // All fetching threads bring values, one of them the rest as well.
+            mbarrier_init(ring.full + stage, kGroupThreads + 1);
+            mbarrier_init(ring.empty + stage, unit.warps);
+        }
+        fence_proxy_async();
+    }
+    __syncthreads();
+    if (threadIdx.x < kGroupThreads) {
+        lower_registers<kFetchRegisters>();
+        fetch_chunks<T, D>(p, w, unit, ring, begin, end);
+    } else {
+        raise_registers<kScanRegisters>();
+        const bool is_last = end == p.first_chunks[segment.x + 1];
+        scan_chunks<T, D>(p, w, unit, ring, begin, end, is_last, slot);
+    }
+#endif
+}
+
+// Warpgroups of a block that compute. Two share what they fetch, but a multiprocessor then takes about
+// half as long again for a chunk, so that one is better where it gives every multiprocessor a block.
+inline int choose_groups(int64_t heads, int rows) {
+    if (rows < 2 * kGroupRows) return 1;
+    const int64_t multiprocessors = max(multiprocessor_count(), 1);
+    const auto rounds = [&](int64_t blocks) {
+        return (blocks + multiprocessors - 1) / multiprocessors;
+    };
+    const int64_t tiles = rows / kGroupRows;
+    return 2 * rounds(heads * tiles) < 3 * rounds(heads * tiles / 2) ? 1 : 2;
+}
+
+template <class T, int D>
+int launch_scan(const GdnRule& p, const PrefillWorkspace& w, void* stream) {
+    const int64_t heads = p.num_segments * p.num_v_heads;
+    const int groups = choose_groups(heads, p.v_dim);
+    const int tiles = p.v_dim / (groups * kGroupRows);
+    if (heads * tiles > kMaxBlocks) return kUnsupportedShape;
+    return GDN_LAUNCH((prefill_scan_sm90_kernel<T, D>), dim3(static_cast<unsigned>(heads * tiles)),
+                      dim3((1 + groups) * kGroupThreads), (ScanRing<D>::bytes(groups)), stream, p,
+                      w, tiles);
+}
+
+}  // namespace sm90
+
+namespace {
+
+std::atomic<bool> is_allowed{true};
+
+}  // namespace
+
+bool prefill_sm90_wanted(const GdnRule&) {
+    return is_allowed && compute_capability() == 90;
+}
+
+int prefill_sm90_scan(const GdnRule& p, const PrefillWorkspace& w, void* stream) {
+    return GDN_WITH_PREFILL_SHAPE(p, sm90::launch_scan<T, D>(p, w, stream));
+}
+
+}  // namespace gdn
+
+extern "C" void gdn_cuda_allow_sm90(int allowed) {
+    gdn::is_allowed = allowed != 0;
+}
+
+#endif
