@@ -88,14 +88,23 @@ class FailedActivation(msgspec.Struct, kw_only=True, frozen=True):
     error: str
 
 
+class RetriedActivation(msgspec.Struct, kw_only=True, frozen=True):
+    """A default model that is tried again, since what it needs could not be reached."""
+
+    model_id: str
+    error: str
+    attempts: int
+
+
 class Activation(msgspec.Struct, kw_only=True, frozen=True):
-    """Progress of the default models named in neuron.toml."""
+    """Progress of the default models named in neuron.toml; `retried` ones are `pending` too."""
 
     state: Literal["pre_warming", "ready"]
     pending: list[str] = []
     in_progress: str | None = None
     completed: list[str] = []
     failed: list[FailedActivation] = []
+    retried: list[RetriedActivation] = []
 
 
 class ModelLoad(msgspec.Struct, kw_only=True, frozen=True):

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 from cortex.core.config import DefaultModel
 from cortex.core.errors import CortexError, ShuttingDownError
-from cortex.core.neuron_api import Activation, FailedActivation, LoadRequest
+from cortex.core.neuron_api import (
+    Activation,
+    FailedActivation,
+    LoadRequest,
+    RetriedActivation,
+)
 from cortex.neuron.hub import HubUnreachableError, retry_pause_s
 from cortex.neuron.lifecycle import Lifecycle
 
@@ -23,6 +28,7 @@ class Activator:
         self._in_progress: str | None = None
         self._completed: list[str] = []
         self._failed: list[FailedActivation] = []
+        self._retried: dict[str, RetriedActivation] = {}
 
     @property
     def state(self) -> Activation:
@@ -34,6 +40,7 @@ class Activator:
             in_progress=self._in_progress,
             completed=list(self._completed),
             failed=list(self._failed),
+            retried=list(self._retried.values()),
         )
 
     async def run(self) -> None:
@@ -43,7 +50,9 @@ class Activator:
             for model_id in list(self._pending):
                 self._pending.remove(model_id)
                 self._in_progress = model_id
-                if not await self._load(self._models[model_id]):
+                if await self._load(self._models[model_id]):
+                    self._retried.pop(model_id, None)
+                else:
                     self._pending.append(model_id)
                 self._in_progress = None
             if self._pending:
@@ -69,6 +78,12 @@ class Activator:
             _logger.warning(
                 "default model is out of reach; it is tried again",
                 extra={"model": model.model_id, "cause": exc.message},
+            )
+            before = self._retried.get(model.model_id)
+            self._retried[model.model_id] = RetriedActivation(
+                model_id=model.model_id,
+                error=exc.message,
+                attempts=1 if before is None else before.attempts + 1,
             )
             return False
         except ShuttingDownError:

@@ -1,6 +1,6 @@
 from cortex.core.config import DefaultModel
 from cortex.core.errors import LoadFailedError
-from cortex.core.neuron_api import FailedActivation
+from cortex.core.neuron_api import FailedActivation, RetriedActivation
 from cortex.neuron import activation
 from cortex.neuron.activation import Activator
 from cortex.neuron.hub import HubUnreachableError
@@ -64,6 +64,24 @@ async def test_a_model_out_of_reach_is_tried_again_after_the_others(monkeypatch)
     assert attempts == [0, 1]
     assert activator.state.completed == ["b", "a"]
     assert activator.state.failed == []
+
+
+async def test_a_model_out_of_reach_says_why_until_it_is_loaded(monkeypatch):
+    seen = []
+
+    async def sleep(_):
+        seen.append(activator.state)
+
+    monkeypatch.setattr(activation.asyncio, "sleep", sleep)
+    lifecycle = FakeLifecycle(a=[HubUnreachableError("down"), HubUnreachableError("still down")])
+    activator = make(lifecycle, "a")
+    await activator.run()
+    assert [each.retried for each in seen] == [
+        [RetriedActivation(model_id="a", error="down", attempts=1)],
+        [RetriedActivation(model_id="a", error="still down", attempts=2)],
+    ]
+    assert [(each.state, each.pending) for each in seen] == [("pre_warming", ["a"])] * 2
+    assert (activator.state.retried, activator.state.completed) == ([], ["a"])
 
 
 async def test_without_default_models_the_neuron_is_ready_at_once():

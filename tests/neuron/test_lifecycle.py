@@ -23,7 +23,7 @@ from cortex.core.errors import (
 )
 from cortex.core.neuron_api import LoadRequest
 from cortex.core.openai import ChatRequest, Message
-from cortex.neuron import residency
+from cortex.neuron import engine_client, residency, supervisor
 from cortex.neuron.accounts import Accounts
 from cortex.neuron.chat.model import load_chat_model
 from cortex.neuron.harness import ModelNotLoadedError
@@ -453,3 +453,17 @@ async def test_a_directory_that_hangs_delays_no_listing_and_no_load_of_what_is_k
         await it.load("m")
         assert it.status("m") == "loaded"
         released.set()
+
+
+async def test_the_end_of_the_process_waits_for_no_engine_that_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor, "ENGINE_STOP_S", 0.1)
+    monkeypatch.setattr(engine_client, "TERM_S", 0.1)
+    path = add_model(tmp_path / "models", "m")
+    write_script(path, gap_s=600, repeat=10, stubborn=True)
+    async with host(tmp_path, config=TorchHarness(drain_s=0.1)) as it:
+        await it.load("m")
+        await it.lifecycle.serving("m").admission.acquire()
+        stream = it.stream("m", 1)
+    with pytest.raises(ShuttingDownError):
+        await tokens_of(stream)
+    assert not is_alive(starts(path)[0])

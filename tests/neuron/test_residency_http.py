@@ -2,6 +2,7 @@ import asyncio
 
 import pytest
 
+from cortex.core.config import DefaultModel
 from cortex.neuron import ledger, reaper
 from cortex.neuron.devices import HOST
 from tests.support.fake_engine import starts, write_script
@@ -182,3 +183,22 @@ async def test_memory_that_no_model_holds_is_a_metric(tmp_path):
     async with neuron(tmp_path, probe=probe) as api:
         text = (await api.get("/metrics")).body.decode()
         assert 'cortex_neuron_device_unaccounted_bytes{device="0"} 3.221225472e+09' in text
+
+
+async def test_default_models_come_with_their_policy_once_the_neuron_answers(tmp_path):
+    path = add_chat_model(tmp_path / "models", "m")
+    write_script(path, load_s=0.5)
+    default = DefaultModel(model_id="m", pinned=True, priority=5, ttl_s=60.0)
+    async with neuron(tmp_path, default_models=[default]) as api:
+        health = (await api.get("/health")).json
+        assert (health["activation"]["state"], health["activation"]["in_progress"]) == (
+            "pre_warming",
+            "m",
+        )
+
+        async def ready():
+            return (await api.get("/health")).json["activation"]["completed"] == ["m"]
+
+        await until(ready)
+        info = (await api.get("/models/m")).json
+        assert (info["pinned"], info["priority"], info["ttl_s"]) == (True, 5, 60.0)
