@@ -28,6 +28,7 @@ class CatalogueModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         residency_priority: a newcomer displaces only models of at most its own priority.
         ttl_s: unloaded after so long without a request; None: the fleet's `[eviction]` value.
         min_resident_s: not evicted before it was loaded so long; None: the fleet's value.
+        preload: kept loaded somewhere, without waiting for a request.
     """
 
     id: Annotated[str, Meta(min_length=1)]
@@ -40,6 +41,7 @@ class CatalogueModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     residency_priority: int | None = None
     ttl_s: Annotated[float, Meta(gt=0)] | None = None
     min_resident_s: Annotated[float, Meta(ge=0)] | None = None
+    preload: bool = False
     source: str | None = None
     limit: Limit | None = None
     cost: Cost | None = None
@@ -114,9 +116,13 @@ class Catalogue(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
         self._check_groups()
 
     def _check_groups(self) -> None:
+        kept = {model.id: set(model.pinned_on) for model in self.models if model.preload}
         for name, members in self.groups.items():
             if len(set(members)) != len(members):
                 raise ValueError(f"group {name} names a model twice")
+            nodes = [kept[each] for each in members if kept.get(each)]
+            if any(a == b and len(a) == 1 for at, a in enumerate(nodes) for b in nodes[:at]):
+                raise ValueError(f"group {name} holds two models to preload on the same node")
 
     def find(self, model_id: str) -> CatalogueModel | None:
         """Return the entry of a model id (not of an alias)."""

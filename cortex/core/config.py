@@ -60,14 +60,8 @@ class Eviction(_Config, frozen=True):
     strategy: Literal["lru", "priority"] = "lru"
     min_resident_s: Annotated[float, Meta(ge=0)] = 0.0  # no eviction before a model was up so long
     ttl_s: Positive | None = None  # unload a model after so long without a request
+    # Recycle idle engines that lived through so many loads and unloads; 0: never.
     defrag_after_cycles: Annotated[int, Meta(ge=0)] = 0
-
-    def __post_init__(self) -> None:
-        if self.defrag_after_cycles:
-            raise ValueError(
-                "eviction.defrag_after_cycles: unloading a model ends its process and gives all "
-                "its memory back, so there is nothing to defragment; remove the key or set it to 0"
-            )
 
 
 class NeuronAddress(_Config, frozen=True):

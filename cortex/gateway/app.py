@@ -1,6 +1,7 @@
 """Put the gateway together: one fleet, one client, one watch over the nodes, two ASGI apps."""
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -14,10 +15,12 @@ from cortex.core.config import GatewayConfig
 from cortex.core.web import build_app
 from cortex.gateway.auth import Gatekeeper
 from cortex.gateway.decisions import Decisions
+from cortex.gateway.defrag import Defragmenter
 from cortex.gateway.dispatch import Dispatcher
 from cortex.gateway.edge import KeyMiddleware, MetricsGuard
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.handlers import Handlers, metrics_routes
+from cortex.gateway.keeping import Keeper
 from cortex.gateway.limiter import Limiter
 from cortex.gateway.live import Live
 from cortex.gateway.loads import Loads
@@ -87,7 +90,14 @@ async def open_apps(
             tasks=tasks,
             clock=clock,
         )
-        steward = Steward({"prefixes": routing.refresh}, lambda: live.settings.poll_s)
+        keeper = Keeper(live, fleet, routing, loads, clock=clock, jitter=random.random)
+        defragmenter = Defragmenter(client, fleet, metrics, live, poke=watch.poke, clock=clock)
+        duties = {
+            "prefixes": routing.refresh,
+            "preload": keeper.look,
+            "defragmentation": defragmenter.look,
+        }
+        steward = Steward(duties, lambda: live.settings.poll_s)
         stewarding = tasks.create_task(steward.run(), name="steward")
         decisions = Decisions()
         handlers = Handlers(

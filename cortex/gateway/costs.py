@@ -74,8 +74,11 @@ def warm_cost(
     # With every seat taken it waits for one to become free, and so do those before it.
     turns = max(0, requests + 1 - seats) / seats
     shared = SHARED_DECODE * requests / seats
+    # A model whose engine is started again is loaded to its callers, who wait for it.
+    is_recycling = node.models[model_id].progress is not None
     return Cost(
         queue_s=known.queued_s.get(replica, 0.0) + (turns + shared) * service_s,
+        load_s=load_s(node, model_id, None, known) if is_recycling else 0.0,
         prefill_s=prefill_s(node, model_id, demand, known),
     )
 
@@ -91,7 +94,7 @@ def load_s(node: NodeView, model_id: str, num_bytes: int | None, known: Knowledg
     """Return how long a load takes, or the rest of one that is under way."""
     whole_s = known.rates.load_s(node, model_id, num_bytes)
     info = node.models.get(model_id)
-    if info is None or info.status != "loading" or info.progress is None:
+    if info is None or info.progress is None:
         return whole_s
     progress = info.progress
     if progress.seconds_left is not None:

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 
 import msgspec
 
@@ -14,14 +13,13 @@ from cortex.core.errors import (
     RemoteError,
     ShuttingDownError,
 )
-from cortex.core.neuron_api import LoadResponse, ModelInfo
-from cortex.gateway.evictor import Candidate, kept_because, plan_eviction
-from cortex.gateway.fleet import Fleet, FleetSnapshot
+from cortex.core.neuron_api import LoadResponse
+from cortex.gateway.fleet import Fleet
 from cortex.gateway.live import Live
 from cortex.gateway.metrics import Metrics
 from cortex.gateway.neuron_client import NeuronClient, UnreachableError
-from cortex.gateway.placement import priority_in, resident, residents_of
 from cortex.gateway.rates import RateBook
+from cortex.gateway.room import Shortage, choose_victims, rivals_here, shortage_of
 from cortex.gateway.router import ColdLoad, LoadPlan
 
 MAX_EVICTION_ROUNDS = 2
@@ -37,31 +35,10 @@ FASTEST_LOAD_BYTES_S = 100 << 20
 UNKNOWN_SIZE_LOAD_S = 3600.0
 RETRY_AFTER_S = 10.0
 
+# What a neuron says of a victim that it does not let go.
+_VICTIM_STAYS = frozenset(["victim_protected", "victim_busy", "model_busy"])
 _GIB = 1 << 30
 _logger = logging.getLogger(__name__)
-
-
-class Resident(msgspec.Struct, kw_only=True, frozen=True):
-    """One model in a neuron's memory, as a refusal for lack of memory lists it."""
-
-    id: str
-    device: int | None = None
-    num_bytes: int = msgspec.field(default=0, name="bytes")
-    last_used_s: float | None = None
-    in_flight: int = 0
-    resident_s: float | None = None
-    min_resident_s: float = 0.0
-    pinned: bool = False
-    priority: int | None = None
-
-
-class Shortage(msgspec.Struct, kw_only=True, frozen=True):
-    """The extras of a neuron's `insufficient_memory`."""
-
-    device: int | None = None
-    needed_bytes: int = 0
-    free_bytes: int = 0
-    residents: list[Resident] = []
 
 
 def load_deadline_s(weight_bytes: int | None, measured_bytes_s: float | None) -> float:
@@ -188,7 +165,8 @@ class Loads:
         view = self._fleet.snapshot().node(node)
         before = (view.status(model_id) if view is not None else None) or "unloaded"
         if before != "loading":
-            self._metrics.record_cold_start(model_id, node)
+            if plan.is_asked_for:
+                self._metrics.record_cold_start(model_id, node)
             self._fleet.record_status(node, model_id, "loading")
         begun_s = self._clock()
         limit_s = load_deadline_s(plan.weight_bytes, self._rates.load_bytes_s(node))
@@ -239,19 +217,23 @@ class Loads:
             try:
                 answer = await self._client.load(plan.node, plan.endpoint, request)
             except RemoteError as exc:
-                if exc.code != "insufficient_memory":
-                    raise
-                shortage = _shortage(exc)
                 left_s = max(0.0, give_up_s - self._clock())
-                victims = self._victims(plan, shortage)
-                if victims and rounds < MAX_EVICTION_ROUNDS:
-                    rounds += 1
-                    request = msgspec.structs.replace(plan.request, evict=[*rivals, *victims])
-                    continue
-                # Residents at work may be done soon; nothing else changes by waiting.
-                later = self._victims(plan, shortage, patience_s=left_s)
-                if not later or rounds >= MAX_EVICTION_ROUNDS or left_s == 0:
-                    raise _no_room(plan, shortage) from exc
+                if exc.code in _VICTIM_STAYS and left_s and rounds < MAX_EVICTION_ROUNDS:
+                    # Something changed since the victims were named; they are chosen anew.
+                    self._poke(plan.node)
+                elif exc.code != "insufficient_memory":
+                    raise
+                else:
+                    shortage = shortage_of(exc)
+                    victims = self._victims(plan, shortage)
+                    if victims and rounds < MAX_EVICTION_ROUNDS:
+                        rounds += 1
+                        request = msgspec.structs.replace(plan.request, evict=[*rivals, *victims])
+                        continue
+                    # Residents at work may be done soon; nothing else changes by waiting.
+                    later = self._victims(plan, shortage, patience_s=left_s)
+                    if not later or rounds >= MAX_EVICTION_ROUNDS or not left_s:
+                        raise _no_room(plan, shortage) from exc
                 request = msgspec.structs.replace(plan.request, evict=rivals)
                 await asyncio.sleep(self.room_retry_s)
                 continue
@@ -262,84 +244,31 @@ class Loads:
 
     async def _rivals(self, plan: LoadPlan, give_up_s: float) -> list[str]:
         """Return the residents that a group excludes beside the newcomer, once all may leave."""
-        while plan.rivals:
-            snapshot = self._fleet.snapshot()
-            view = snapshot.node(plan.node)
-            if view is None:
-                break
-            newcomer = plan.request.model_id
-            here = [
-                each
-                for each in residents_of(
-                    snapshot, self._live.catalogue, view, newcomer, self._live.config.eviction
-                )
-                if each.id in plan.rivals
-            ]
-            priority = priority_in(self._live.catalogue, view, newcomer)
-            kept = {each.id: kept_because(each, priority) for each in here}
+        while True:
+            catalogue, policy = self._live.catalogue, self._live.config.eviction
+            kept = rivals_here(self._fleet.snapshot(), catalogue, policy, plan)
             if not any(kept.values()):
                 return list(kept)
             if self._clock() >= give_up_s:
                 why = ", ".join(f"{name} {reason}" for name, reason in kept.items() if reason)
                 raise LoadFailedError(
-                    f"model '{newcomer}' may not be on {plan.node} beside others of its group, "
-                    f"and they cannot leave: {why}; try again later",
+                    f"model '{plan.request.model_id}' may not be on {plan.node} beside others of "
+                    f"its group, and they cannot leave: {why}; try again later",
                     retry_after_s=RETRY_AFTER_S,
                 )
             await asyncio.sleep(self.room_retry_s)
-        return []
 
     def _victims(
         self, plan: LoadPlan, shortage: Shortage, *, patience_s: float | None = None
     ) -> list[str] | None:
-        """Return who has to leave; with patience, as if what is at work now were done by then."""
-        snapshot = self._fleet.snapshot()
-        view = snapshot.node(plan.node)
-        if view is None:
-            return None
-        return plan_eviction(
-            [
-                self._candidate(snapshot, plan.node, each, patience_s)
-                for each in shortage.residents
-                if each.id != plan.request.model_id and each.device == shortage.device
-            ],
-            needed_bytes=shortage.needed_bytes,
-            free_bytes=shortage.free_bytes,
-            priority=priority_in(self._live.catalogue, view, plan.request.model_id),
-            strategy=self._live.config.eviction.strategy,
+        return choose_victims(
+            self._fleet.snapshot(),
+            self._live.catalogue,
+            self._live.config.eviction,
+            plan,
+            shortage,
+            patience_s=patience_s,
         )
-
-    def _candidate(
-        self, snapshot: FleetSnapshot, node: str, told: Resident, patience_s: float | None
-    ) -> Candidate:
-        """Return a resident as the neuron's refusal has it, with what else is known of it."""
-        view = snapshot.node(node)
-        assert view is not None
-        info = view.models.get(told.id) or ModelInfo(id=told.id, harness="", status="loaded")
-        told_info = msgspec.structs.replace(
-            info,
-            in_flight=told.in_flight,
-            last_used_s=told.last_used_s,
-            resident_s=told.resident_s if told.resident_s is not None else info.resident_s,
-            min_resident_s=max(told.min_resident_s, info.min_resident_s),
-            pinned=told.pinned or info.pinned,
-            priority=told.priority if told.priority is not None else info.priority,
-        )
-        each = replace(
-            resident(snapshot, self._live.catalogue, view, told_info, self._live.config.eviction),
-            memory_bytes=told.num_bytes,
-        )
-        if patience_s is None:
-            return each
-        return replace(each, in_flight=0, protected_s=max(0.0, each.protected_s - patience_s))
-
-
-def _shortage(exc: RemoteError) -> Shortage:
-    try:
-        return msgspec.convert(exc.extras, Shortage)
-    except msgspec.ValidationError:
-        # Without figures there is no plan, and the refusal stands.
-        return Shortage()
 
 
 def _load_failed(plan: LoadPlan, exc: RemoteError) -> CortexError:

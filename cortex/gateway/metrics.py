@@ -145,6 +145,9 @@ class Metrics:
         self._evictions = Counter(
             "cortex_evictions", "Models evicted for a load.", registry=self.registry
         )
+        self._recycles = self._counter(
+            "cortex_model_recycles", "Engines started again after defrag_after_cycles."
+        )
         self._load_s = self._histogram(
             "cortex_model_load_seconds", "How long loads took.", DURATION_BUCKETS_S
         )
@@ -241,6 +244,10 @@ class Metrics:
         self._loads.labels(model, node, "loaded" if loaded else "failed").inc()
         if loaded:
             self._load_s.labels(model, node).observe(load_s)
+
+    def record_recycle(self, model: str, node: str) -> None:
+        """Count an engine that was started again to get its memory back in one piece."""
+        self._recycles.labels(model, node).inc()
 
     def record_evictions(self, count: int) -> None:
         """Count models that had to leave."""

@@ -27,6 +27,8 @@ from cortex.core.neuron_api import (
     LoadResponse,
     ModelInfo,
     NeuronHealth,
+    RecycleRequest,
+    RecycleResponse,
 )
 from cortex.core.openai import parse_error
 from cortex.core.trust import Trust, client_context
@@ -49,6 +51,7 @@ _T = TypeVar("_T")
 _discovery = msgspec.json.Decoder(Discovery)
 _health = msgspec.json.Decoder(NeuronHealth)
 _models = msgspec.json.Decoder(list[ModelInfo])
+_recycle_response = msgspec.json.Decoder(RecycleResponse)
 _load_response = msgspec.json.Decoder(LoadResponse)
 _encoder = msgspec.json.Encoder()
 
@@ -153,6 +156,12 @@ class NeuronClient:
         body = _encoder.encode(request)
         answer = await self.call(node, endpoint, "/models/load", body, MAX_CONTROL_BODY_BYTES)
         return _decode(node, _load_response, answer)
+
+    async def recycle(self, node: str, endpoint: str, model_id: str) -> RecycleResponse:
+        """`POST /models/recycle`; answers when the new engine serves, so bound it."""
+        body = _encoder.encode(RecycleRequest(model_id=model_id))
+        answer = await self.call(node, endpoint, "/models/recycle", body, MAX_CONTROL_BODY_BYTES)
+        return _decode(node, _recycle_response, answer)
 
     async def call(self, node: str, endpoint: str, path: str, body: bytes, max_bytes: int) -> bytes:
         """POST a JSON body and return the whole answer; an error answer is raised."""

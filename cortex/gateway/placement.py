@@ -248,19 +248,26 @@ def resident(
         memory_bytes=_held_bytes(info, entry),
         idle_s=info.last_used_s,
         in_flight=requests + is_moving,
-        priority=priority_in(catalogue, node, info.id),
+        priority=_priority(entry, info),
         pinned=(entry is not None and node.name in entry.pinned_on) or info.pinned,
         protected_s=_protected_s(info, entry, policy),
     )
 
 
 def priority_in(catalogue: Catalogue, node: NodeView, model_id: str) -> int:
-    """Return a model's priority: the catalogue's, else what its load on the node said."""
-    entry = catalogue.find(model_id)
-    if entry is not None:
-        return entry.priority
-    info = node.models.get(model_id)
-    return DEFAULT_PRIORITY if info is None or info.priority is None else info.priority
+    """Return a model's priority on a node."""
+    return _priority(catalogue.find(model_id), node.models.get(model_id))
+
+
+def _priority(entry: CatalogueModel | None, info: ModelInfo | None) -> int:
+    """Return the higher of what the catalogue says and what the model's load told the neuron.
+
+    The one is the operator's word, and the neuron holds others to the other.
+    """
+    told = info.priority if info is not None and info.status != "unloaded" else None
+    if entry is None:
+        return DEFAULT_PRIORITY if told is None else told
+    return entry.priority if told is None else max(entry.priority, told)
 
 
 def needed_bytes(
@@ -286,11 +293,12 @@ def needed_bytes(
 
 def _protected_s(info: ModelInfo, entry: CatalogueModel | None, policy: Eviction) -> float:
     """Return how much of a resident's minimum residency is left."""
+    told_s = info.evictable_in_s or 0.0
     if info.resident_s is None:
-        return 0.0
+        return told_s
     own_s = entry.min_resident_s if entry is not None else None
     least_s = max(info.min_resident_s, policy.min_resident_s if own_s is None else own_s)
-    return max(0.0, least_s - info.resident_s)
+    return max(told_s, least_s - info.resident_s)
 
 
 def _held_bytes(info: ModelInfo, entry: CatalogueModel | None) -> int:

@@ -90,6 +90,8 @@ class LoadPlan:
     Attributes:
         weight_bytes: size of the weights, None while nobody knows.
         rivals: models that may not stay beside it on any node.
+        displaces: the highest priority that has to make room; None: up to the model's own.
+        is_asked_for: a request waits for it.
     """
 
     node: str
@@ -97,6 +99,8 @@ class LoadPlan:
     request: LoadRequest
     weight_bytes: int | None = None
     rivals: frozenset[str] = frozenset()
+    displaces: int | None = None
+    is_asked_for: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

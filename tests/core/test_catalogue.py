@@ -88,9 +88,10 @@ def test_policies_of_a_model_are_read(tmp_path: Path):
     id = "m"
     ttl_s = 600
     min_resident_s = 30
+    preload = true
     """
     (model,) = load(tmp_path, text).models
-    assert (model.ttl_s, model.min_resident_s) == (600, 30)
+    assert (model.ttl_s, model.min_resident_s, model.preload) == (600, 30, True)
 
 
 PATTERNS = """
@@ -164,4 +165,21 @@ def test_the_rivals_of_a_model_are_the_other_members_of_its_groups(tmp_path: Pat
 )
 def test_a_policy_that_cannot_work_stops_the_start(tmp_path: Path, text: str, words: str):
     with pytest.raises(ConfigError, match=words):
+        load(tmp_path, text)
+
+
+def test_two_models_of_a_group_cannot_both_be_kept_on_one_node(tmp_path: Path):
+    text = """
+    [[models]]
+    id = "a"
+    preload = true
+    pinned_on = ["n"]
+    [[models]]
+    id = "b"
+    preload = true
+    pinned_on = ["n"]
+    [groups]
+    g = ["a", "b"]
+    """
+    with pytest.raises(ConfigError, match="two models to preload on the same node"):
         load(tmp_path, text)

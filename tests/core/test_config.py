@@ -84,7 +84,7 @@ def test_every_key_of_the_originals_neuron_file_loads_under_its_old_table_name(t
     [
         ("[gateway]\nlissten = '1:1'", ["cortex.toml", "lissten"]),
         ("[eviction]\nstrategy = 'fifo'", ["cortex.toml", "strategy"]),
-        ("[eviction]\ndefrag_after_cycles = 50", ["defrag_after_cycles", "remove the key"]),
+        ("[eviction]\ndefrag_after_cycles = -1", ["defrag_after_cycles"]),
         ("[[nodes]]\nname = 'a'", ["cortex.toml", "nodes", "[[neurons]]"]),
         ("[entitlements]\nrequire_auth = true", ["no keys"]),
         ("[upstream]\nenabled = true", ["upstream.enabled"]),

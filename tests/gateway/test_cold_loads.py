@@ -31,7 +31,7 @@ async def test_a_catalogue_model_is_loaded_with_what_the_catalogue_says() -> Non
             neuron.models["m"] = MockModel("m")
             response = await gateway.chat("x")
             assert response.status == 200
-            expected = LoadRequest(model_id="m", harness="torch", source="hf:org/m")
+            expected = LoadRequest(model_id="m", source="hf:org/m")
             assert neuron.loads == [expected]
 
 

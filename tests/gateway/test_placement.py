@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import msgspec
-
 from cortex.core.catalogue import Catalogue, CatalogueModel
 from cortex.core.config import Eviction
 from cortex.core.neuron_api import DeviceHealth, HostMemory, LoadRequest, NeuronHealth
@@ -66,9 +64,7 @@ def test_free_memory_of_two_devices_does_not_add_up_for_a_model_of_one():
 
 
 def test_a_model_of_two_devices_needs_its_share_on_each():
-    # Such an entry comes from a catalogue whose harness can split a model.
-    split = CatalogueModel(id="m", vram_mb=16 * 1024)
-    msgspec.structs.force_setattr(split, "min_devices", 2)
+    split = CatalogueModel(id="m", vram_mb=16 * 1024, harness="command", min_devices=2)
     found = placed(view("a", devices={0: (24, 9), 1: (24, 3), 2: (24, 8)}), split)
     assert (found.devices, found.needed_bytes, found.doubt) == ((0, 2), 8 * GIB, None)
     listed = Catalogue(models=[split])
@@ -144,7 +140,7 @@ def test_the_load_request_carries_ttl_residency_pin_and_priority():
     found = placed(view("a"), listed)
     request = load_request(Catalogue(models=[listed]), "m", found, Eviction(ttl_s=9))
     assert request == LoadRequest(
-        model_id="m", harness="torch", ttl_s=60, min_resident_s=5, pinned=True, priority=200
+        model_id="m", ttl_s=60, min_resident_s=5, pinned=True, priority=200
     )
 
 

@@ -2,9 +2,8 @@
 
 import asyncio
 
-import msgspec
-
 from cortex.core.catalogue import Catalogue, CatalogueModel
+from cortex.core.neuron_api import LoadRequest
 from tests.support.gateway import run_gateway
 from tests.support.mock_neuron import GIB, MockModel, MockNeuron
 
@@ -96,18 +95,4 @@ async def test_what_the_catalogue_says_of_residency_goes_to_the_neuron_with_the_
         async with run_gateway({"a": neuron.endpoint}, catalogue=listed) as gateway:
             assert (await gateway.chat()).status == 200
             (wish,) = neuron.loads
-            assert msgspec.to_builtins(wish) | {} == {
-                "model_id": "m",
-                "harness": "torch",
-                "source": None,
-                "quant": None,
-                "tensor_parallel": None,
-                "devices": None,
-                "max_model_len": None,
-                "evict": [],
-                "wait": True,
-                "ttl_s": 60.0,
-                "min_resident_s": 0.0,
-                "pinned": True,
-                "priority": 7,
-            }
+            assert wish == LoadRequest(model_id="m", ttl_s=60, pinned=True, priority=7)

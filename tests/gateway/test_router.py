@@ -170,7 +170,7 @@ def test_a_catalogue_model_that_no_node_lists_is_cold_loaded_with_its_source() -
             LoadPlan(
                 node="a",
                 endpoint="http://a",
-                request=LoadRequest(model_id="m", harness="torch", source="hf:org/m"),
+                request=LoadRequest(model_id="m", source="hf:org/m"),
             ),
         ),
     )

@@ -15,6 +15,8 @@ from aiohttp import web
 from cortex.core.neuron_api import (
     Endpoint,
     LoadRequest,
+    RecycleRequest,
+    RecycleResponse,
     UnloadRequest,
     UnloadResponse,
     Version,
@@ -91,6 +93,7 @@ class MockNeuron(Node):
                 web.get("/models", self._models),
                 web.post("/models/load", self._load),
                 web.post("/models/unload", self._unload),
+                web.post("/models/recycle", self._recycle),
                 web.get("/models/{model_id:.+}/endpoint", self._endpoint),
                 web.get("/models/{model_id:.+}", self._model),
                 web.get("/v1/models", self._cards),
@@ -188,6 +191,11 @@ class MockNeuron(Node):
         wish = msgspec.json.decode(await request.read(), type=UnloadRequest)
         await self.unload(wish.model_id)
         return answers.json_answer(UnloadResponse(status="unloaded", model_id=wish.model_id))
+
+    async def _recycle(self, request: web.Request) -> web.Response:
+        wish = msgspec.json.decode(await request.read(), type=RecycleRequest)
+        await self.recycle(wish.model_id)
+        return answers.json_answer(RecycleResponse(status="recycled", model_id=wish.model_id))
 
     async def _fault(self, request: web.Request) -> web.Response:
         self.apply(msgspec.json.decode(await request.read(), type=FaultCommand))

@@ -55,6 +55,8 @@ class Node:
         seen: the first MAX_SEEN requests.
         loads: every load asked for.
         starts: the models whose loads were begun, in order.
+        recycled: the models whose engines were started again, in order.
+        cycles: loads and unloads so far.
         change: notified whenever something happens.
     """
 
@@ -77,6 +79,8 @@ class Node:
         self.seen: list[Seen] = []
         self.loads: list[LoadRequest] = []
         self.starts: list[str] = []
+        self.recycled: list[str] = []
+        self.cycles = 0
         self.requests = 0
         self.change = asyncio.Condition()
         self._jobs: dict[str, _Job] = {}
@@ -130,6 +134,9 @@ class Node:
     def set_status(self, model_id: str, status: str, error: str | None = None) -> None:
         """Change a model's status and tell whoever listens."""
         model = self.models[model_id]
+        self.cycles += (status == "loaded") != (model.status == "loaded")
+        if status == "loaded" and model.status != "loaded":
+            model.cycles_at_start = self.cycles
         model.status, model.error = status, error
         if not model.holds_memory and model.running is not None:
             model.running.die()
@@ -203,6 +210,7 @@ class Node:
             in_flight=model.requests,
             last_used_s=self._idle_s(model),
             resident_s=self._resident_s(model),
+            engine_cycles=self.cycles - model.cycles_at_start if model.holds_memory else None,
             ttl_s=model.wish.ttl_s,
             min_resident_s=model.wish.min_resident_s,
             pinned=model.wish.pinned,
@@ -384,6 +392,22 @@ class Node:
             self.change.notify_all()
             await self.change.wait_for(lambda: model.in_flight == 0)
         self.set_status(model_id, "unloaded")
+        await self.changed()
+
+    async def recycle(self, model_id: str) -> None:
+        """Start a loaded model's engine again.
+
+        Raises:
+            RefusedError: it is not loaded, or at work.
+        """
+        model = self.models.get(model_id)
+        if model is None or model.status != "loaded":
+            raise RefusedError(404, "model_not_found", f"model '{model_id}' is not loaded here")
+        if model.requests:
+            raise RefusedError(409, "model_busy", f"model '{model_id}' is at work")
+        self.recycled.append(model_id)
+        model.cycles_at_start = self.cycles
+        model.loaded_s = self.time.now_s()
         await self.changed()
 
     # Engines and what goes wrong.

@@ -40,6 +40,7 @@ class MockModel:
         device: where it lies while it is in memory.
         loaded_s: when it was loaded; None where it was from the start.
         wish: what its load asked for.
+        cycles_at_start: the node's count of loads and unloads when its engine started.
     """
 
     id: str
@@ -71,6 +72,7 @@ class MockModel:
     device: int = 0
     running: Engine | None = None
     loaded_s: float | None = None
+    cycles_at_start: int = 0
     wish: LoadRequest = field(default_factory=lambda: LoadRequest(model_id=""))
 
     @property
