@@ -36,7 +36,7 @@ struct ScanRing {
     static constexpr int kKeyBytes = kChunk * D * 2;
     static constexpr int kQueries = kKeyBytes, kInverses = 2 * kKeyBytes;
     static constexpr int kScores = kInverses + kTileBytes, kGates = kScores + kTileBytes;
-    static constexpr int kValues = kGates + kGateBytes;
+    static constexpr int kBulkBytes = kGates + kGateBytes, kValues = kBulkBytes;
     static_assert(kValues % kPatternBytes == 0 && kGroupValueBytes % kPatternBytes == 0);
 
     unsigned char *stages, *outputs;
@@ -89,7 +89,7 @@ __device__ __forceinline__ void fetch_chunks(const GdnRule& p, const PrefillWork
         const int4 next = chunks[min(chunk + 1, end - 1)];
         mbarrier_wait(ring.empty + turn.stage, turn.parity ^ 1);
         if (threadIdx.x == 0) {
-            mbarrier_arrive_expect(full, Ring::kValues);
+            mbarrier_arrive_expect(full, Ring::kBulkBytes);
             const int64_t key_tile = key_tile_offset(p, chunk, unit.k_head);
             const int64_t value_tile = value_tile_offset(p, chunk, unit.head);
             bulk_copy(stage, w.keys + key_tile, Ring::kKeyBytes, full);
@@ -166,6 +166,16 @@ __device__ __forceinline__ void subtract_from_values(float (&x)[8][4],
     }
 }
 
+// to = x, each of a lane's two rows times its own factor.
+__device__ __forceinline__ void scale_rows(float (&to)[8][4], const float (&x)[8][4],
+                                           float2 factors) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        to[n][0] = x[n][0] * factors.x, to[n][1] = x[n][1] * factors.x;
+        to[n][2] = x[n][2] * factors.y, to[n][3] = x[n][3] * factors.y;
+    }
+}
+
 // Multiplies each token's column by a gate.
 __device__ __forceinline__ void scale_tokens(float (&x)[8][4], const unsigned char* gates,
                                              PrefillGate gate) {
@@ -220,6 +230,40 @@ __device__ __forceinline__ void write_outputs(const float (&x)[8][4], unsigned c
     }
 }
 
+// The state before a segment's first chunk.
+template <int D>
+__device__ __forceinline__ void load_start(ScanRows<D>& rows, const GdnRule& p,
+                                           const PrefillWorkspace& w, const ScanUnit& unit,
+                                           int64_t slot, int row) {
+    rows.exponents[0] = rows.exponents[1] = 0;
+    rows.last_delta = 0;
+    const int64_t of = w.starts != nullptr ? unit.segment : slot;
+    const int64_t from = (of * p.num_v_heads + unit.head) * p.v_dim * D;
+    // The type is asked for once, so that all loads are under way together.
+    if (w.starts != nullptr) {
+        load_rows(rows, w.starts, from, kGdnFloat32, row);
+    } else if (p.state_dtype == kGdnBFloat16) {
+        load_rows(rows, p.states, from, kGdnBFloat16, row);
+    } else {
+        load_rows(rows, p.states, from, kGdnFloat32, row);
+    }
+}
+
+template <int D>
+__device__ __forceinline__ void decay_state(ScanRows<D>& rows, float decay) {
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) rows.state[n][e] *= decay;
+    }
+}
+
+// A warp's rows of a chunk's values, in the places of an accumulator's blocks.
+__device__ __forceinline__ void load_values(uint32_t (&values)[4][4], SharedAddress from) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) ldmatrix_x4_trans(values[j], from + j * 16 * kTokenBytes);
+}
+
 // A computing warpgroup: its 64 rows of the state over the chunks of a segment.
 //
 // The chain from state to state is S K^T, R T^T and V'^T K; what reads out is asked for where the
@@ -234,7 +278,6 @@ __device__ __forceinline__ void scan_chunks(const GdnRule& p, const PrefillWorks
     const int warp = threadIdx.x / 32 - kGroupWarps;  // among those that compute
     const int warp_row = unit.first_row + warp * kWarpRows, row = warp_row + lane / 4;
     const int64_t head_size = int64_t{p.v_dim} * D;
-    const int64_t in_slot = (slot * p.num_v_heads + unit.head) * head_size;
     const int4* chunks = reinterpret_cast<const int4*>(p.chunks);
     const int64_t token_stride = int64_t{p.num_v_heads} * p.v_dim;
     T* out = static_cast<T*>(p.out) + int64_t{unit.head} * p.v_dim + warp_row;
@@ -244,18 +287,7 @@ __device__ __forceinline__ void scan_chunks(const GdnRule& p, const PrefillWorks
                             (warp % kGroupWarps * 2 + lane_unit()) * 16;
 
     ScanRows<D> rows;
-    rows.exponents[0] = rows.exponents[1] = 0;
-    rows.last_delta = 0;
-    if (w.starts != nullptr) {
-        const int64_t in_segment = (unit.segment * p.num_v_heads + unit.head) * head_size;
-        load_rows(rows, w.starts, in_segment, kGdnFloat32, row);
-    } else if (p.state_dtype == kGdnBFloat16) {
-        // Asked for once, so that all loads are under way together.
-        load_rows(rows, p.states, in_slot, kGdnBFloat16, row);
-    } else {
-        load_rows(rows, p.states, in_slot, kGdnFloat32, row);
-    }
-
+    load_start(rows, p, w, unit, slot, row);
     rows.fit_state();
     rows.pack();
     ScanTurn turn;
@@ -277,11 +309,7 @@ __device__ __forceinline__ void scan_chunks(const GdnRule& p, const PrefillWorks
             write_outputs(outputs, staged, out + last.x * token_stride, token_stride, last.y);
         }
         uint32_t values[4][4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            ldmatrix_x4_trans(values[j],
-                              shared_address(stage) + (value_place + j * 16 * kTokenBytes));
-        }
+        load_values(values, shared_address(stage) + value_place);
         wgmma_fence();
         multiply_tile<false>(read, rows.operand, stage + Ring::kQueries);
         wgmma_commit();
@@ -297,12 +325,7 @@ __device__ __forceinline__ void scan_chunks(const GdnRule& p, const PrefillWorks
         multiply_tile<false>(x, right, stage + Ring::kInverses);
         wgmma_commit();
 
-        const float whole = gates_at(gates, kFromStart, kChunk - 2).y;
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) rows.state[n][e] *= whole;
-        }
+        decay_state(rows, gates_at(gates, kFromStart, kChunk - 2).y);
         wgmma_wait<0>();
         wgmma_settle(x), wgmma_settle(read), wgmma_settle(right), wgmma_settle(rows.operand);
         pack_tokens(fresh, x);
@@ -313,16 +336,9 @@ __device__ __forceinline__ void scan_chunks(const GdnRule& p, const PrefillWorks
         wgmma_commit();
 
         scale_tokens(read, gates, kFromStart);
-        if (is_rescaled) {
-#pragma unroll
-            for (int n = 0; n < 8; ++n) {
-                read[n][0] *= factors.x, read[n][1] *= factors.x;
-                read[n][2] *= factors.y, read[n][3] *= factors.y;
-            }
-        }
-        const float out_scale[2] = {power_of_two(-rows.exponents[0]),
-                                    power_of_two(-rows.exponents[1])};
-        __syncwarp();
+        if (is_rescaled) scale_rows(read, read, factors);
+        const float2 out_scale =
+            make_float2(power_of_two(-rows.exponents[0]), power_of_two(-rows.exponents[1]));
         wgmma_fence();
         multiply_tile<true>(read, fresh, stage + Ring::kScores);
         wgmma_commit();
@@ -338,18 +354,19 @@ __device__ __forceinline__ void scan_chunks(const GdnRule& p, const PrefillWorks
         rows.pack();
         wgmma_wait<0>();
         wgmma_settle(read), wgmma_settle(fresh);
-        // The lanes have read gates and values, and now the products have read the rest.
+        // Lanes have read gates and values, and products the rest of the stage.
+        __syncwarp();
         if (lane == 0) mbarrier_arrive(ring.empty + turn.stage);
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) outputs[n][e] = read[n][e] * out_scale[e / 2];
-        }
+        // Into registers that no product has: else ptxas would not let the next one run beside them.
+        scale_rows(outputs, read, out_scale);
         last = described;
         turn.advance();
     }
     write_outputs(outputs, staged, out + last.x * token_stride, token_stride, last.y);
-    if (is_last) store_rows(rows, p.states, in_slot, p.state_dtype, row);
+    if (is_last) {
+        store_rows(rows, p.states, (slot * p.num_v_heads + unit.head) * head_size, p.state_dtype,
+                   row);
+    }
 }
 
 // What prefill_scan_kernel does but for the maps.
