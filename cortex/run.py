@@ -164,7 +164,9 @@ async def run_both(gateway: GatewayConfig, neuron: NeuronConfig, on_ready: OnRea
 
 def _neuron_exit_s(config: NeuronConfig) -> float:
     """Return the longest orderly end: requests drain, then each model, then its process ends."""
-    return 2 * config.harness.torch.drain_s + EXIT_S
+    external = config.harness.command.models.values()
+    stop_s = max((each.stop_timeout_s for each in external), default=0.0)
+    return 2 * config.harness.torch.drain_s + stop_s + EXIT_S
 
 
 def _bind_gateway(config: GatewayConfig) -> tuple[socket.socket, socket.socket]:

@@ -374,8 +374,10 @@ class Dispatcher:
             # A full queue is no reason to turn other models out of another node.
             raise journey.error
         if isinstance(route, ColdLoad) and not journey.is_checked:
-            # Nothing is loaded, and nobody evicted, for a request that is then refused.
-            parse_chat_request(journey.ask.body)
+            # Nothing is loaded, and nobody evicted, for a request that is then refused. What an
+            # external engine takes is for the engine to say.
+            if not self._is_external(route.model_id):
+                parse_chat_request(journey.ask.body)
             journey.is_checked = True
         if journey.routes > MAX_ROUTES:
             raise journey.error or ServiceUnavailableError(
@@ -384,6 +386,13 @@ class Dispatcher:
                 retry_after_s=LOADING_RETRY_S,
             )
         return route
+
+    def _is_external(self, model_id: str) -> bool:
+        entry = self._live.catalogue.find(model_id)
+        if entry is not None and entry.is_external:
+            return True
+        infos = [node.models.get(model_id) for node in self._fleet.snapshot().nodes]
+        return any(info is not None and info.harness == "command" for info in infos)
 
     def _begin_leg(self, journey: _Journey, serve: Serve) -> None:
         journey.timing.node = serve.node

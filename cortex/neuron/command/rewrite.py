@@ -62,9 +62,13 @@ def parse_head(body: bytes) -> Head:
 
 
 def upstream_request(body: bytes, head: Head, name: str) -> bytes:
-    """Return a request with the engine's name of the model; a stream asks for usage."""
+    """Return a request with the engine's name of the model; a stream asks for usage.
+
+    A field that is null says nothing, and strict engines refuse fields that they do not know.
+    """
     given: _Fields = decode_body(_fields, body)
-    fields: dict[str, object] = {**given, "model": name}
+    said = {name: value for name, value in given.items() if bytes(value) != _NULL}
+    fields: dict[str, object] = {**said, "model": name}
     if head.stream:
         fields["stream_options"] = {**(head.stream_options or {}), "include_usage": True}
     return _encoder.encode(fields)

@@ -28,7 +28,6 @@ ERROR_BODY_S = 5.0
 READ_BUFFER_BYTES = 1 << 18
 # A body over this goes out piece by piece, so that the event loop goes on.
 MAX_BODY_AT_ONCE_BYTES = 1 << 20
-IDLE_CONNECTION_S = 2.0
 BUSY_RETRY_S = 2.0
 
 # How vLLM, SGLang and llama-server each say that a prompt does not fit.
@@ -94,7 +93,7 @@ class Reply:
 
 
 class Upstream:
-    """A pool of connections to one engine. Close it with `close`.
+    """The connections to one engine, one a request. Close it with `close`.
 
     Args:
         base_url: `http://host:port`.
@@ -105,7 +104,9 @@ class Upstream:
         self._model_id = model_id
         self._base_url = base_url
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S),
+            # A kept connection may be closed by the server in the moment it is used again, and a
+            # chat cannot be sent twice; a new one costs next to nothing on the loopback address.
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
             cookie_jar=aiohttp.DummyCookieJar(),
             read_bufsize=READ_BUFFER_BYTES,
             headers={"content-type": "application/json", "accept-encoding": "identity"},

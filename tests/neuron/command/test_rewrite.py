@@ -37,6 +37,10 @@ def test_only_the_name_changes_and_every_other_field_is_kept_as_it_was_written()
     assert request == (b'{"model":"its/own","seed":1.0e2,"x":{"b": [null, 1]},"messages":[]}')
 
 
+def test_a_field_that_is_null_is_left_out_for_engines_that_do_not_know_it():
+    assert sent(b'{"model":"m","top_k":null,"messages":[]}') == {"model": "its/own", "messages": []}
+
+
 def test_a_stream_asks_for_usage_beside_what_the_caller_asks_for():
     body = b'{"model":"m","stream":true,"stream_options":{"continuous_usage_stats":true}}'
     assert sent(body)["stream_options"] == {"continuous_usage_stats": True, "include_usage": True}
