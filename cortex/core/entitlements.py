@@ -33,6 +33,7 @@ class ApiKey(_Config, frozen=True):
 
     Attributes:
         key, key_sha256: the key itself, or the SHA-256 of it in hex; one of the two.
+        admin: whether it may change the fleet, such as drain a node, and see all of it.
         models: names and globs of the models it may use; None for all.
         max_concurrent: requests at once, in each gateway.
         hard_cap: tokens within `window`.
@@ -42,6 +43,7 @@ class ApiKey(_Config, frozen=True):
     key: Name | None = None
     key_sha256: KeyHash | None = None
     key_id: Name | None = None
+    admin: bool = False
     models: list[Name] | None = None
     max_concurrent: Count | None = None
     requests_per_minute: Count | None = None

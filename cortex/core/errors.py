@@ -120,6 +120,14 @@ class AuthenticationError(CortexError):
     kind = "invalid_request_error"
 
 
+class PermissionDeniedError(CortexError):
+    """The key is known and may not do this."""
+
+    status = 403
+    code = "permission_denied"
+    kind = "invalid_request_error"
+
+
 class FleetSecretError(CortexError):
     """A neuron was asked by someone who does not show the fleet secret."""
 

@@ -122,7 +122,9 @@ async def open_apps(
         try:
             await watch.first_round()
             yield GatewayApps(
-                api=RequestIds(KeyMiddleware(build_app(handlers.routes()), gatekeeper, limiter)),
+                api=RequestIds(
+                    KeyMiddleware(build_app(handlers.routes()), gatekeeper, limiter, metrics)
+                ),
                 metrics=MetricsGuard(build_app(metrics_routes(metrics)), gatekeeper),
                 fleet=fleet,
                 loads=loads,

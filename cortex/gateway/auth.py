@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import msgspec
 
 from cortex.core.entitlements import ApiKey, Entitlements, hash_key
-from cortex.core.errors import AuthenticationError
+from cortex.core.errors import AuthenticationError, PermissionDeniedError
 from cortex.gateway.windows import Rule, rules_of
 
 KEY_PREFIX = "sk-cortex-"
@@ -48,6 +48,11 @@ class Caller:
         )
 
     @property
+    def is_admin(self) -> bool:
+        """Whether it may do what is for those who run the fleet."""
+        return self.entry is not None and self.entry.admin
+
+    @property
     def sees_all(self) -> bool:
         """Whether no list of models bounds what it may use."""
         return self.entry is None or self.entry.models is None
@@ -77,6 +82,7 @@ class Gatekeeper:
         """Take the keys of a new configuration; requests that were let in go on."""
         self._required = entitlements.require_auth
         self._metrics_required = entitlements.metrics_require_auth
+        self._has_admins = any(each.admin for each in entitlements.keys)
         self._callers = {
             self._place(each.sha256): Caller(
                 account_id=each.account_id, key_id=each.id, entry=each, rules=rules_of(each)
@@ -88,11 +94,6 @@ class Gatekeeper:
     def metrics_required(self) -> bool:
         """Whether the metrics port asks for a key."""
         return self._metrics_required
-
-    @property
-    def required(self) -> bool:
-        """Whether the API asks for a key."""
-        return self._required
 
     def find(self, headers: Iterable[tuple[bytes, bytes]]) -> Caller:
         """Return whose key a request carries; ANONYMOUS without a known one."""
@@ -113,6 +114,17 @@ class Gatekeeper:
         if caller.is_known or not self._required:
             return caller
         raise refusal(headers)
+
+    def check_admin(self, caller: Caller) -> None:
+        """Let a caller do what is for those who run the fleet, or raise.
+
+        Raises:
+            PermissionDeniedError: keys are required, or some have `admin`, and this one has not.
+        """
+        if caller.is_admin:
+            return
+        if self._required or self._has_admins:
+            raise PermissionDeniedError("this takes a key with `admin = true` in cortex.toml")
 
     def _place(self, sha256: str) -> bytes:
         return hmac.digest(self._secret, sha256.encode(), hashlib.sha256)

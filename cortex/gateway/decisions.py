@@ -244,14 +244,14 @@ class Decisions:
                 self._decisions.popitem(last=False)
         return decision
 
-    def find(self, request_id: str, account: str) -> Decision:
-        """Return the record of a request of that account.
+    def find(self, request_id: str, account: str | None) -> Decision:
+        """Return the record of a request of that account; None for whoever sees all.
 
         Raises:
             UnknownRequestError: there is none, or no more.
         """
         decision = self._decisions.get(request_id)
-        if decision is None or decision.account != account:
+        if decision is None or account not in (None, decision.account):
             raise UnknownRequestError(
                 f"request '{request_id[:128]}' is not among the last {self._max_decisions} that "
                 "this gateway has routed; its id is in the `x-request-id` header of the answer"

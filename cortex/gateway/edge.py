@@ -1,22 +1,34 @@
 """The gateway's outermost layer: whoever is not let in here reaches no route, known or unknown."""
 
+import asyncio
 import logging
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cortex.core.errors import AuthenticationError, QuotaExceededError, RateLimitError
+from cortex.core.errors import (
+    AuthenticationError,
+    CortexError,
+    PermissionDeniedError,
+    QuotaExceededError,
+    RateLimitError,
+)
 from cortex.core.web import Dialect, dialect_of, error_response
 from cortex.gateway.auth import ANONYMOUS, Caller, Gatekeeper, refusal
 from cortex.gateway.limiter import Limiter, Reservation
-from cortex.gateway.metrics import RequestTiming
+from cortex.gateway.metrics import Metrics, RequestTiming
 from cortex.gateway.windows import Standing, rate_headers
 
 # What answers without a key where keys are required; a list of what does, so that a route that
 # is forgotten here asks for one.
 OPEN_PATHS = frozenset(["/health"])
+# What is for whoever may call at all; the rest is for those who run the fleet.
+CALLER_PATHS = frozenset(["/", "/plan"]) | OPEN_PATHS
+CALLER_PREFIXES = ("/v1/", "/why/")
 VISIT = "cortex.visit"
 # The SDKs wait at most this long between tries.
 LONG_WAIT_S = 60
+MAX_DRAINED_BYTES = 64 << 20
+DRAIN_S = 5.0
 
 _usage_logger = logging.getLogger("cortex.usage")
 
@@ -99,12 +111,19 @@ def visit_of(scope: Scope) -> Visit:
 
 
 class KeyMiddleware:
-    """Lets in what carries a known key, or everything where none is required."""
+    """Lets in what carries a known key, or everything where none is required.
 
-    def __init__(self, app: ASGIApp, gatekeeper: Gatekeeper, limiter: Limiter) -> None:
+    What is not for callers is for keys with `admin`, where keys are required or there are such
+    keys.
+    """
+
+    def __init__(
+        self, app: ASGIApp, gatekeeper: Gatekeeper, limiter: Limiter, metrics: Metrics
+    ) -> None:
         self.app = app
         self._gatekeeper = gatekeeper
         self._limiter = limiter
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -114,8 +133,11 @@ class KeyMiddleware:
         try:
             caller = self._gatekeeper.check(scope["headers"])
             is_trusted = True
-        except AuthenticationError as exc:
+            if not _is_for_callers(scope["path"]):
+                self._gatekeeper.check_admin(caller)
+        except (AuthenticationError, PermissionDeniedError) as exc:
             if not _is_open(scope):
+                self._metrics.record_unauthorized()
                 await _refuse(scope, receive, send, exc)
                 return
             caller, is_trusted = ANONYMOUS, False
@@ -170,6 +192,10 @@ def _with_headers(send: Send, visit: Visit, dialect: Dialect) -> Send:
     return told
 
 
+def _is_for_callers(path: str) -> bool:
+    return path in CALLER_PATHS or path.startswith(CALLER_PREFIXES)
+
+
 def _is_open(scope: Scope) -> bool:
     return (
         scope["type"] == "http"
@@ -178,10 +204,26 @@ def _is_open(scope: Scope) -> bool:
     )
 
 
-async def _refuse(scope: Scope, receive: Receive, send: Send, exc: AuthenticationError) -> None:
+async def _refuse(scope: Scope, receive: Receive, send: Send, exc: CortexError) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
+    await _drain(receive)
     response = error_response(exc, dialect_of(scope))
-    response.headers["www-authenticate"] = "Bearer"
+    if exc.status == AuthenticationError.status:
+        response.headers["www-authenticate"] = "Bearer"
     await response(scope, receive, send)
+
+
+async def _drain(receive: Receive) -> None:
+    """Read what is still being sent, so that its sender sees the answer and not a reset."""
+    size = 0
+    try:
+        async with asyncio.timeout(DRAIN_S):
+            while size <= MAX_DRAINED_BYTES:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return

@@ -11,7 +11,12 @@ from starlette.types import ASGIApp
 
 from cortex.core import anthropic, openai, translate
 from cortex.core.decode import decode_body
-from cortex.core.errors import MissingModelError, ModelNotFoundError, UpstreamMalformedError
+from cortex.core.errors import (
+    MissingModelError,
+    ModelNotFoundError,
+    PermissionDeniedError,
+    UpstreamMalformedError,
+)
 from cortex.core.translate_stream import StreamTranslator
 from cortex.core.web import (
     EventStream,
@@ -245,6 +250,11 @@ class Handlers:
         if not name:
             raise MissingModelError("name a model: GET /plan?model=NAME", param="model")
         self._check_model(caller, name)
+        if not caller.sees_all and not caller.is_admin:
+            raise PermissionDeniedError(
+                "a plan names all models that take part; it takes a key without a list of models, "
+                "or one with `admin = true`"
+            )
         snapshot, catalogue = self._fleet.snapshot(), self._live.catalogue
         models = targets(snapshot, catalogue, name)
         route = self._routing.choose(Trip(name, b""))
@@ -254,7 +264,8 @@ class Handlers:
         return json_response(plan_report(name, models, route, further))
 
     async def _why(self, request: Request, caller: Caller) -> Response:
-        found = self._decisions.find(request.path_params["request_id"], caller.account_id)
+        account = None if caller.is_admin else caller.account_id
+        found = self._decisions.find(request.path_params["request_id"], account)
         return json_response(found.report())
 
     async def _count_tokens(self, request: Request, caller: Caller) -> Response:

@@ -131,6 +131,11 @@ class Metrics:
             ("account", "key", "limit"),
             registry=self.registry,
         )
+        self._unauthorized = Counter(
+            "cortex_unauthorized_requests",
+            "Requests turned away for want of a key that may.",
+            registry=self.registry,
+        )
         self._limits_faults = Counter(
             "cortex_limits_storage_errors",
             "Calls of the store of limits that failed or were not made.",
@@ -222,6 +227,10 @@ class Metrics:
     def record_refusal(self, account: str, key: str, limit: str) -> None:
         """Count a request that a limit of its key turned away."""
         self._refusals.labels(account, key, limit).inc()
+
+    def record_unauthorized(self) -> None:
+        """Count a request without a key that may."""
+        self._unauthorized.inc()
 
     def record_limits_fault(self) -> None:
         """Count a call of the store of limits that came to nothing."""

@@ -15,7 +15,7 @@ from tests.support.mock_neuron import MockModel, MockNeuron
 
 
 def routes_of(gateway: RunningGateway) -> list[tuple[str, str]]:
-    """Every (method, path) of the API, path parameters filled in."""
+    """Every (method, path) of the gateway, path parameters filled in."""
     assert isinstance(gateway.apps.api, RequestIds)
     guarded = gateway.apps.api.app
     assert isinstance(guarded, KeyMiddleware)
@@ -88,7 +88,57 @@ async def test_a_key_opens_every_route_as_bearer_and_as_x_api_key() -> None:
         assert (await gateway.get("/v1/models", x_api_key="secret")).status == 200
         assert (await gateway.get("/v1/models", authorization="Bearer secret")).status == 200
         assert (await gateway.get("/", x_api_key="secret")).status == 200
-        assert (await gateway.get("/nope", x_api_key="secret")).status == 404
+        assert (await gateway.get("/v1/nope", x_api_key="secret")).status == 404
+
+
+async def test_what_is_not_for_callers_takes_a_key_with_admin() -> None:
+    keys = [
+        ApiKey(key="plain", account_id="a"),
+        ApiKey(key="chief", account_id="a", key_id="chief", admin=True),
+    ]
+    for required in (True, False):
+        entitlements = Entitlements(require_auth=required, keys=keys)
+        async with run_gateway({}, entitlements=entitlements) as gateway:
+            refused = await gateway.post("/drain", {}, x_api_key="plain")
+            assert refused.status == 403
+            error = (await refused.json())["error"]
+            assert error["code"] == "permission_denied"
+            assert "admin = true" in error["message"]
+            assert (await gateway.get("/nodes")).status == (401 if required else 403)
+            assert (await gateway.post("/nope", {}, x_api_key="chief")).status == 404
+            assert (await gateway.get("/v1/models", x_api_key="plain")).status == 200
+            assert (await gateway.get("/", x_api_key="plain")).status == 200
+            unauthorized = (await gateway.metrics())["cortex_unauthorized_requests_total"]
+            assert unauthorized == 2
+
+
+async def test_a_key_with_a_list_of_models_asks_for_no_plans_but_an_admin_does() -> None:
+    keys = [
+        ApiKey(key="plain", account_id="a", models=["m"]),
+        ApiKey(key="chief", account_id="b", models=["m"], admin=True),
+    ]
+    async with MockNeuron(MockModel("m", "loaded")) as neuron:
+        entitlements = Entitlements(require_auth=True, keys=keys)
+        async with run_gateway({"a": neuron.endpoint}, entitlements=entitlements) as gateway:
+            assert (await gateway.get("/plan?model=m", x_api_key="plain")).status == 403
+            assert (await gateway.get("/plan?model=m", x_api_key="chief")).status == 200
+            body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+            asked = await gateway.post("/v1/chat/completions", body, x_api_key="plain")
+            path = "/why/" + asked.headers["x-request-id"]
+            assert (await gateway.get(path, x_api_key="plain")).status == 200
+            assert (await gateway.get(path, x_api_key="chief")).status == 200
+
+
+async def test_without_keys_everything_is_open() -> None:
+    async with run_gateway({}) as gateway:
+        assert (await gateway.get("/nope")).status == 404
+
+
+async def test_a_caller_who_is_still_sending_sees_the_refusal() -> None:
+    async with run_gateway({}, keys=("secret",)) as gateway:
+        body = b'"' + b"x" * (24 << 20) + b'"'
+        response = await gateway.post("/v1/chat/completions", body, x_api_key="wrong")
+        assert response.status == 401
 
 
 async def test_without_a_key_health_tells_no_names_where_keys_are_required() -> None:
