@@ -14,20 +14,23 @@ T = TypeVar("T")
 # How long a loop that has nothing to do looks at its sockets before time moves on. What has been
 # written on loopback is there within microseconds.
 SETTLE_S = 0.002
+# Of a loop without sockets.
+NO_SETTLE_S = 0.0
 
 
 class _Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
     """Waits for sockets only as long as bytes may still be on their way."""
 
-    def __init__(self, skip: Callable[[float], None]) -> None:
+    def __init__(self, skip: Callable[[float], None], settle_s: float) -> None:
         super().__init__()
         self._skip = skip
+        self._settle_s = settle_s
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Return what is ready; with nothing ready, let `timeout` seconds be past."""
         if timeout is None:
             return super().select(None)
-        ready = super().select(min(timeout, SETTLE_S) if timeout > 0 else 0)
+        ready = super().select(min(timeout, self._settle_s) if timeout > 0 else 0)
         if not ready and timeout > 0:
             self._skip(timeout)
         return ready
@@ -36,9 +39,9 @@ class _Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """A loop with a clock of its own; `time()` starts at 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, settle_s: float = SETTLE_S) -> None:
         self._now_s = 0.0
-        super().__init__(_Selector(self._advance))
+        super().__init__(_Selector(self._advance, settle_s))
 
     def time(self) -> float:
         """Return virtual seconds."""

@@ -1,6 +1,8 @@
 """`GET /events` of a mock neuron: numbered changes, kept for subscribers that come back."""
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import msgspec
 from aiohttp import web
@@ -84,30 +86,36 @@ class EventFeed:
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
         """Answer a subscription until its connection ends."""
-        last_id = request.headers.get("last-event-id", "")
-        self.asked.append(last_id)
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
         self._open.append(request)
         try:
-            await self._speak()
-            await response.write(b": ping\n\n")
-            self.look()
-            seen = self._replay_from(last_id)
-            if seen is None:
-                seen = self._count
-                self.snapshots += 1
-                await response.write(self._event("snapshot", self._snapshot()))
-            await self.node.changed()
-            while True:
-                await self._speak()
-                self.look()
-                parts = [event for count, event in self._ring if count > seen] + self.raw
-                seen, self.raw = self._count, []
-                await response.write(b"".join(parts) or b": ping\n\n")
-                await self._wait()
+            async with aclosing(self.stream(request.headers.get("last-event-id", ""))) as parts:
+                async for part in parts:
+                    await response.write(part)
         finally:
             self._open.remove(request)
+        return response
+
+    async def stream(self, last_id: str) -> AsyncGenerator[bytes, None]:
+        """Yield events from the one after `last_id` on, or from a snapshot on; never ends."""
+        self.asked.append(last_id)
+        await self._speak()
+        yield b": ping\n\n"
+        self.look()
+        seen = self._replay_from(last_id)
+        if seen is None:
+            seen = self._count
+            self.snapshots += 1
+            yield self._event("snapshot", self._snapshot())
+        await self.node.changed()
+        while True:
+            await self._speak()
+            self.look()
+            parts = [event for count, event in self._ring if count > seen] + self.raw
+            seen, self.raw = self._count, []
+            yield b"".join(parts) or b": ping\n\n"
+            await self._wait()
 
     async def _speak(self) -> None:
         await self.node.faults.speak()

@@ -266,6 +266,9 @@ class Node:
             raise RefusedError(422, "unreadable_checkpoint", f"no checkpoint for {wish.model_id}")
         if model.load_refusal is not None:
             raise RefusedError(*model.load_refusal)
+        async with self.change:
+            # What is on its way out or back is asked again when it has got there.
+            await self.change.wait_for(lambda: model.status not in ("draining", "recovering"))
         if model.status == "loaded":
             return LoadResponse(status="loaded", model_id=model.id, load_s=0.0)
         job = self._jobs.get(model.id)
