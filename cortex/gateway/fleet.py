@@ -7,7 +7,8 @@ What is recorded of a node that was removed meanwhile is dropped.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -172,6 +173,7 @@ class Fleet:
         self._nodes: dict[str, NodeView] = {}
         self._leases: dict[tuple[str, str], int] = {}
         self._holders: set[Lease] = set()
+        self._loss_calls: dict[object, tuple[str, Callable[[], None]]] = {}
         self._stamp = 0
         self._touched: dict[tuple[str, str], int] = {}
         # Nodes whose view changes by mere waiting.
@@ -269,7 +271,20 @@ class Fleet:
         if lost and miss != "refused":
             for lease in [lease for lease in self._holders if lease.node == name]:
                 lease.node_lost()
+        if lost:
+            for call in [call for node, call in self._loss_calls.values() if node == name]:
+                call()
         return lost
+
+    @contextmanager
+    def on_node_lost(self, name: str, call: Callable[[], None]) -> Iterator[None]:
+        """Have `call` called whenever the node begins to count as down inside the context."""
+        owner = object()
+        self._loss_calls[owner] = (name, call)
+        try:
+            yield
+        finally:
+            del self._loss_calls[owner]
 
     def record_subscribed(self, name: str, subscribed: bool) -> None:
         """Record whether a node's events come in."""

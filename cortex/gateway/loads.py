@@ -12,6 +12,7 @@ from cortex.core.errors import (
     LoadFailedError,
     RemoteError,
     ShuttingDownError,
+    UpstreamConnectionError,
 )
 from cortex.core.neuron_api import LoadResponse
 from cortex.gateway.fleet import Fleet
@@ -170,10 +171,24 @@ class Loads:
             self._fleet.record_status(node, model_id, "loading")
         begun_s = self._clock()
         limit_s = load_deadline_s(plan.weight_bytes, self._rates.load_bytes_s(node))
+        is_lost = False
+
+        def give_up() -> None:
+            nonlocal is_lost
+            is_lost = True
+            limit.reschedule(0)
+
         try:
-            async with asyncio.timeout(limit_s):
-                answer = await self._load_making_room(plan)
+            async with asyncio.timeout(limit_s) as limit:
+                # A host that is gone closes no connection: without this, all would wait on.
+                with self._fleet.on_node_lost(node, give_up):
+                    answer = await self._load_making_room(plan)
         except TimeoutError as exc:
+            if is_lost:
+                self._failed(plan, "unloaded")
+                raise UpstreamConnectionError(
+                    f"node {node} became unreachable while it loaded model '{model_id}'"
+                ) from exc
             self._failed(plan, "failed")
             raise LoadFailedError(
                 f"model '{model_id}' was not loaded on {node} within {limit_s:.0f} s",

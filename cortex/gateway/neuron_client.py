@@ -7,6 +7,7 @@ answer the `RemoteError` it carries, everything else that is not the protocol an
 
 import asyncio
 import io
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from errno import ECONNREFUSED
@@ -41,6 +42,11 @@ ERROR_BODY_S = 5.0
 MAX_BODY_AT_ONCE_BYTES = 1 << 20
 # How long a connection that nobody uses stays open; below the 75 s of the neuron's own server.
 IDLE_CONNECTION_S = 30.0
+# A host that lost its power closes no connection, and knows of none when it is back. So one that
+# is silent for this long is asked after by the kernel, and so often before it is given up.
+PROBE_AFTER_S = 5
+PROBE_EVERY_S = 2
+MAX_PROBES = 5
 
 OPEN_FLEET = Trust()
 
@@ -240,6 +246,7 @@ async def open_client(connect_s: float, trust: Trust = OPEN_FLEET) -> AsyncItera
         limit=0,
         keepalive_timeout=IDLE_CONNECTION_S,
         ssl=client_context(trust, "cortex.toml") or True,
+        socket_factory=_probed_socket,
     )
     async with aiohttp.ClientSession(
         connector=connector,
@@ -252,6 +259,16 @@ async def open_client(connect_s: float, trust: Trust = OPEN_FLEET) -> AsyncItera
         client = NeuronClient(session)
         client.show_secret(trust.fleet_secret)
         yield client
+
+
+def _probed_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    family, kind, protocol = address[:3]
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_AFTER_S)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_EVERY_S)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, MAX_PROBES)
+    return made
 
 
 def _broken(node: str, exc: BaseException) -> UpstreamConnectionError:

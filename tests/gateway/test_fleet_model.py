@@ -8,17 +8,15 @@ answer, and afterwards the fleet serves every model again.
 
 import asyncio
 from typing import Any
-from unittest.mock import patch
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from cortex.core.catalogue import Catalogue, CatalogueModel
-from cortex.core.config import GatewayConfig, NeuronAddress
 from cortex.core.neuron_api import LoadRequest
-from cortex.gateway.app import GatewayApps, open_apps
-from tests.support.memory_fleet import Call, MemoryClient, MemoryHost, opener
+from cortex.gateway.app import GatewayApps
+from tests.support.memory_fleet import Call, MemoryHost, memory_gateway
 from tests.support.mock_neuron import GIB, MockModel
 from tests.support.mock_neuron.faults import FaultCommand
 from tests.support.mock_neuron.node import Node
@@ -35,11 +33,6 @@ CATALOGUE = Catalogue(
         CatalogueModel(id="big", residency_priority=1000),
     ]
 )
-CONFIG = GatewayConfig(
-    neurons=[NeuronAddress(name=name, endpoint=f"http://{name}") for name in NODES]
-)
-# A drain is told by events within a second, or else by the next poll.
-DRAIN_KNOWN_S = 12
 # Longer than every hold, breaker, cool-down and wait for room.
 SETTLED_S = 90
 LIMIT_S = 2000
@@ -93,13 +86,9 @@ class FleetMachine(RuleBasedStateMachine):
         def on_load(node: str, wish: LoadRequest, change: int) -> None:
             self._note_load(number, node, wish, change)
 
-        client = MemoryClient(self.hosts, on_load)
-        with patch("cortex.gateway.app.open_client", opener(client)):
-            opened = open_apps(CONFIG, CATALOGUE, clock=self.loop.time)
-            apps = await opened.__aenter__()
-        ready.set_result(apps)
-        await end.wait()
-        await opened.__aexit__(None, None, None)
+        async with memory_gateway(self.hosts, CATALOGUE, on_load) as apps:
+            ready.set_result(apps)
+            await end.wait()
 
     def _note_load(self, number: int, node: str, wish: LoadRequest, change: int) -> None:
         key = (number, wish.model_id)
@@ -252,7 +241,7 @@ class FleetMachine(RuleBasedStateMachine):
             for task in self.running:
                 await task
             for host in self.hosts.values():
-                await host.kill()
+                await host.close()
 
         self._do(end())
         self._do(self.loop.shutdown_asyncgens())

@@ -8,13 +8,17 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 from starlette.types import ASGIApp, Message
 
+from cortex.core.catalogue import Catalogue
+from cortex.core.config import GatewayConfig, NeuronAddress
 from cortex.core.errors import UpstreamConnectionError
 from cortex.core.neuron_api import LoadRequest
 from cortex.core.openai import SSE_DONE
+from cortex.gateway.app import GatewayApps, open_apps
 from cortex.gateway.neuron_client import NeuronClient, RefusedError, Reply, UnreachableError
 from tests.support.mock_neuron import answers
 from tests.support.mock_neuron.events import EventFeed
@@ -68,6 +72,8 @@ class MemoryHost:
         self.lives = 1
         self._make = make
         self._served: set[asyncio.Task[None]] = set()
+        # What is still on its way over the link; no process's end takes it back.
+        self._underway: set[asyncio.Task[None]] = set()
         self._boot()
 
     def _boot(self) -> None:
@@ -79,6 +85,13 @@ class MemoryHost:
         """End the process; its connections are reset, as far as the link carries that."""
         self.is_up = False
         for task in [*self._served, *self.node._tasks]:
+            task.cancel()
+        await asyncio.sleep(0)
+
+    async def close(self) -> None:
+        """End the process and whatever is on its way."""
+        await self.kill()
+        for task in [*self._underway]:
             task.cancel()
         await asyncio.sleep(0)
 
@@ -164,8 +177,8 @@ class MemoryHost:
             reply.arrived.put_nowait(None)
         elif not head.done() or reply is not None:
             telling = asyncio.get_running_loop().create_task(tell())
-            self._served.add(telling)
-            telling.add_done_callback(self._served.discard)
+            self._underway.add(telling)
+            telling.add_done_callback(self._underway.discard)
 
     async def _answer(
         self, path: str, body: bytes, headers: Mapping[str, str]
@@ -260,7 +273,7 @@ class MemoryClient(NeuronClient):
         return await self._hosts[node].request(path, b"", headers or {})
 
 
-def opener(client: MemoryClient) -> Any:
+def _opener(client: MemoryClient) -> Any:
     """Return what stands in for the gateway's `open_client`."""
 
     @asynccontextmanager
@@ -268,6 +281,30 @@ def opener(client: MemoryClient) -> Any:
         yield client
 
     return open_client
+
+
+@asynccontextmanager
+async def memory_gateway(
+    hosts: Mapping[str, MemoryHost],
+    catalogue: Catalogue | None = None,
+    on_load: Callable[[str, LoadRequest, int], None] = lambda *_: None,
+) -> AsyncIterator[GatewayApps]:
+    """Run a gateway over memory hosts, on the loop's clock.
+
+    Args:
+        on_load: called with node, request and +1 when a load is asked for, with -1 at its end.
+    """
+    config = GatewayConfig(
+        neurons=[NeuronAddress(name=name, endpoint=f"http://{name}") for name in hosts]
+    )
+    clock = asyncio.get_running_loop().time
+    opened = open_apps(config, catalogue or Catalogue(), clock=clock)
+    with patch("cortex.gateway.app.open_client", _opener(MemoryClient(hosts, on_load))):
+        apps = await opened.__aenter__()
+    try:
+        yield apps
+    finally:
+        await opened.__aexit__(None, None, None)
 
 
 class Call:
