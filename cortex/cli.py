@@ -254,6 +254,51 @@ def why(request_id: str, endpoint: str, key: str | None, as_json: bool) -> None:
     print_why(report, as_json=as_json)
 
 
+_endpoints = click.option(
+    "-e",
+    "--endpoint",
+    "endpoints",
+    multiple=True,
+    default=[f"http://localhost:{GATEWAY_PORT}"],
+    show_default=True,
+    help="Base URL of a gateway; name each one, since every gateway knows only for itself.",
+)
+
+
+@main.command()
+@click.argument("node")
+@_endpoints
+@_key
+@click.option(
+    "--wait",
+    "wait_s",
+    type=click.FloatRange(min=0),
+    default=0,
+    help="Wait up to so many seconds until the node has no request in hand.",
+)
+def drain(node: str, endpoints: tuple[str, ...], key: str | None, wait_s: float) -> None:
+    """Send no new requests and loads to NODE; what it has in hand ends in peace.
+
+    It lasts until `cortex undrain` or the gateway's end.
+    """
+    from cortex.gateway.drain import set_drained
+
+    with _errors_as_messages():
+        asyncio.run(set_drained(endpoints, key, node, drained=True, wait_s=wait_s, say=click.echo))
+
+
+@main.command()
+@click.argument("node")
+@_endpoints
+@_key
+def undrain(node: str, endpoints: tuple[str, ...], key: str | None) -> None:
+    """Use NODE again after `cortex drain`."""
+    from cortex.gateway.drain import set_drained
+
+    with _errors_as_messages():
+        asyncio.run(set_drained(endpoints, key, node, drained=False, say=click.echo))
+
+
 @main.group()
 def keys() -> None:
     """Make the keys that callers send; the configuration holds only their hashes."""

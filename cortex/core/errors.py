@@ -136,6 +136,14 @@ class FleetSecretError(CortexError):
     kind = "invalid_request_error"
 
 
+class NodeNotFoundError(CortexError):
+    """The gateway has no node of that name."""
+
+    status = 404
+    code = "node_not_found"
+    kind = "invalid_request_error"
+
+
 class ModelNotFoundError(CortexError):
     """No node and no catalogue entry knows the model."""
 

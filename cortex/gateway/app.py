@@ -24,6 +24,7 @@ from cortex.gateway.keeping import Keeper
 from cortex.gateway.limiter import Limiter
 from cortex.gateway.live import Live
 from cortex.gateway.loads import Loads
+from cortex.gateway.management import Management
 from cortex.gateway.metrics import Metrics
 from cortex.gateway.neuron_client import open_client
 from cortex.gateway.proxy import Proxy
@@ -123,7 +124,12 @@ async def open_apps(
             await watch.first_round()
             yield GatewayApps(
                 api=RequestIds(
-                    KeyMiddleware(build_app(handlers.routes()), gatekeeper, limiter, metrics)
+                    KeyMiddleware(
+                        build_app([*handlers.routes(), *Management(fleet).routes()]),
+                        gatekeeper,
+                        limiter,
+                        metrics,
+                    )
                 ),
                 metrics=MetricsGuard(build_app(metrics_routes(metrics)), gatekeeper),
                 fleet=fleet,

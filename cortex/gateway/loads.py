@@ -11,6 +11,7 @@ from cortex.core.errors import (
     InternalError,
     LoadFailedError,
     RemoteError,
+    ServiceUnavailableError,
     ShuttingDownError,
     UpstreamConnectionError,
 )
@@ -149,6 +150,7 @@ class Loads:
         first: CortexError | None = None
         for plan in cold.plans:
             try:
+                self._check(plan)
                 await self._load_on(plan)
             except CortexError as exc:
                 _logger.warning(
@@ -159,6 +161,16 @@ class Loads:
                 return
         assert first is not None
         raise first
+
+    def _check(self, plan: LoadPlan) -> None:
+        """Raise where the node takes nothing new any more, since the plan was made."""
+        node = self._fleet.snapshot().node(plan.node)
+        if node is None or node.draining:
+            raise ServiceUnavailableError(
+                f"model '{plan.request.model_id}' is not loaded on {plan.node}, which takes "
+                "nothing new",
+                retry_after_s=RETRY_AFTER_S,
+            )
 
     async def _load_on(self, plan: LoadPlan) -> None:
         """Load on one node and record how it ended."""

@@ -55,6 +55,7 @@ class NodeReport(msgspec.Struct, kw_only=True, frozen=True):
     Attributes:
         draining: it takes nothing new, by its own word or the operator's.
         subscribed: its events come in; otherwise it is polled.
+        relayed: requests of this gateway in hand there.
         breaker: `open` keeps requests away from it, `half_open` lets one through as a trial.
     """
 
@@ -67,6 +68,7 @@ class NodeReport(msgspec.Struct, kw_only=True, frozen=True):
     error: str | None = None
     in_flight: int = 0
     queue_depth: int = 0
+    relayed: int = 0
     free_slots: int = 0
     models: list[ModelState] = []
 
@@ -98,7 +100,7 @@ def health_report(snapshot: FleetSnapshot) -> HealthReport:
         status=status,
         nodes=NodeCount(healthy=healthy, total=total),
         unservable=unservable,
-        details=[_node_report(node) for node in snapshot.nodes],
+        details=[node_report(snapshot, node) for node in snapshot.nodes],
     )
 
 
@@ -121,7 +123,8 @@ def _unservable(node: NodeView) -> list[Unservable]:
     return found
 
 
-def _node_report(node: NodeView) -> NodeReport:
+def node_report(snapshot: FleetSnapshot, node: NodeView) -> NodeReport:
+    """Return the state of one node."""
     states = [_model_state(node, info) for _, info in sorted(node.models.items())]
     return NodeReport(
         name=node.name,
@@ -131,6 +134,7 @@ def _node_report(node: NodeView) -> NodeReport:
         subscribed=node.subscribed,
         breaker=node.breaker.state,
         error=node.failure,
+        relayed=sum(count for (owner, _), count in snapshot.leases.items() if owner == node.name),
         in_flight=sum(state.in_flight for state in states),
         queue_depth=sum(state.queue_depth for state in states),
         free_slots=sum(state.free_slots for state in states),
