@@ -90,17 +90,16 @@ def serve(config: Path, log_level: str) -> None:
 
     It lists the models of models.toml (beside the configuration, or where `models_config` says)
     and whatever the neurons report. A request for a model that is not loaded loads it first.
+    Both files may change while it runs: they are read again then, and at once on SIGHUP.
     Variables such as CORTEX_GATEWAY__LISTEN override single keys.
     """
-    from cortex.core.catalogue import load_catalogue
-    from cortex.core.config import load_gateway_config
+    from cortex.gateway.reload import read_files
     from cortex.run import run_gateway
 
     logs.configure(log_level)
     with _errors_as_messages():
-        loaded = load_gateway_config(config)
-        catalogue = load_catalogue(Path(loaded.models_config) if loaded.models_config else None)
-        _run(run_gateway(loaded, catalogue))
+        loaded, catalogue = read_files(config)
+        _run(run_gateway(loaded, catalogue, config))
 
 
 @main.command()

@@ -1,6 +1,7 @@
 """Run a gateway, a neuron, or both in this process, until a signal."""
 
 import asyncio
+import signal
 import socket
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -86,15 +87,22 @@ def _named_model(model: str | None) -> tuple[str, dict[str, str]]:
     return model, {}
 
 
-async def run_gateway(config: GatewayConfig, catalogue: Catalogue) -> None:
-    """Serve the gateway until SIGTERM or SIGINT.
+async def run_gateway(config: GatewayConfig, catalogue: Catalogue, source: Path) -> None:
+    """Serve the gateway until SIGTERM or SIGINT; SIGHUP has the configuration read again.
+
+    Args:
+        source: the file that `config` was read from.
 
     Raises:
         ConfigError, StartupError: it cannot start.
     """
     shutdown = shutdown_on_signals(config.gateway.drain_s + EXIT_S)
+    # One that comes before there is anything to reload must not end the process.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     api, metrics = _bind_gateway(config)
-    async with open_apps(config, catalogue) as apps:
+    async with open_apps(config, catalogue, source=source) as apps:
+        assert apps.reloader is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, apps.reloader.request)
         listeners = _gateway_listeners(apps, api, metrics)
         await serve(listeners, shutdown=shutdown, drain_s=config.gateway.drain_s)
 

@@ -18,6 +18,7 @@ BLIND_EXCEPTS = {
     "neuron/chat/tokenizer.py",  # the tokenizers library raises plain Exception
     "gateway/app.py",
     "gateway/loads.py",
+    "gateway/reload.py",
     "gateway/watch.py",
     "gateway/steward.py",
 }

@@ -65,10 +65,15 @@ class Eviction(_Config, frozen=True):
 
 
 class NeuronAddress(_Config, frozen=True):
-    """`[[neurons]]`: one GPU host."""
+    """`[[neurons]]`: one GPU host.
+
+    Attributes:
+        drain: nothing new goes there, as after `cortex drain`.
+    """
 
     name: Annotated[str, Meta(min_length=1)]
     endpoint: Annotated[str, Meta(pattern=r"^https?://[^/]+")]
+    drain: bool = False
 
 
 class Upstream(_Config, frozen=True):

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from starlette.types import ASGIApp
 
@@ -29,6 +30,7 @@ from cortex.gateway.metrics import Metrics
 from cortex.gateway.neuron_client import open_client
 from cortex.gateway.proxy import Proxy
 from cortex.gateway.rates import RateBook
+from cortex.gateway.reload import Reloader
 from cortex.gateway.request_ids import RequestIds
 from cortex.gateway.routing import Routing
 from cortex.gateway.steward import Steward
@@ -44,6 +46,7 @@ class GatewayApps:
     fleet: Fleet
     loads: Loads
     routing: Routing
+    reloader: Reloader | None = None
 
 
 def unix_s() -> float:
@@ -58,17 +61,19 @@ async def open_apps(
     *,
     clock: Callable[[], float] = time.monotonic,
     wall_clock: Callable[[], float] = unix_s,
+    source: Path | None = None,
 ) -> AsyncIterator[GatewayApps]:
     """Run the gateway's background work for as long as the context is open.
 
     Args:
+        source: the file that `config` was read from, to be read again when it changes.
         clock, wall_clock: monotonic seconds, and seconds since 1970.
 
     On leaving, polls and loads are cancelled; a neuron goes on with a load it has begun.
     """
     live = Live(config, catalogue)
     settings = config.gateway
-    fleet = Fleet(((each.name, each.endpoint) for each in config.neurons), clock)
+    fleet = Fleet((), clock)
     gatekeeper = Gatekeeper(config.entitlements)
     live.on_change(lambda: gatekeeper.reload(live.config.entitlements))
     metrics = Metrics(fleet)
@@ -79,7 +84,13 @@ async def open_apps(
     async with open_client(settings.connect_s, config) as client, asyncio.TaskGroup() as tasks:
         live.on_change(lambda: client.show_secret(live.config.fleet_secret))
         watch = Watch(client, fleet, live, tasks=tasks, clock=clock)
-        watch.sync()
+        watch.use(config.neurons)
+        live.on_change(lambda: watch.use(live.config.neurons))
+        reloader: Reloader | None = None
+        reloading: asyncio.Task[None] | None = None
+        if source is not None:
+            reloader = Reloader(live, source)
+            reloading = tasks.create_task(reloader.run(), name="reload")
         settling = tasks.create_task(limiter.run(), name="limits")
         loads = Loads(
             client,
@@ -135,10 +146,13 @@ async def open_apps(
                 fleet=fleet,
                 loads=loads,
                 routing=routing,
+                reloader=reloader,
             )
         except Exception as exc:  # noqa: BLE001  carried out of the task group unwrapped
             failure = exc
         finally:
+            if reloading is not None:
+                reloading.cancel()
             loads.cancel()
             stewarding.cancel()
             watch.cancel()

@@ -38,7 +38,7 @@ from cortex.gateway.roster import targets
 from cortex.gateway.router import NOTHING, Refuse, Serve
 from cortex.gateway.routing import Routing, Trip
 from cortex.gateway.usage import usage_report
-from cortex.gateway.views import health_report, model_card, model_cards
+from cortex.gateway.views import ConfigReport, health_report, model_card, model_cards
 
 CHAT_PATH = "/v1/chat/completions"
 TOKENIZE_PATH = "/v1/tokenize"
@@ -110,10 +110,12 @@ class Handlers:
         ]
 
     async def _health(self, request: Request) -> Response:
-        report = health_report(self._fleet.snapshot())
+        report = health_report(self._fleet.snapshot(), self._live.state)
         if not visit_of(request.scope).is_trusted:
             # Names and addresses of nodes are for those with a key.
-            report = msgspec.structs.replace(report, unservable=[], details=[])
+            report = msgspec.structs.replace(
+                report, unservable=[], details=[], config=ConfigReport()
+            )
         return json_response(report)
 
     async def _usage(self, request: Request, caller: Caller) -> Response:

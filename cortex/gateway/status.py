@@ -48,6 +48,17 @@ class StatusReport:
         return f"{self.endpoint}: {self.health.status}, {nodes.healthy}/{nodes.total} nodes healthy"
 
     @property
+    def config_lines(self) -> list[str]:
+        """What is to be said of the gateway's configuration; nothing where all is in use."""
+        lines = []
+        if self.health is not None and self.health.config.error is not None:
+            lines.append(f"configuration not in use: {self.health.config.error}")
+        if self.health is not None and self.health.config.restart_for:
+            keys = ", ".join(self.health.config.restart_for)
+            lines.append(f"restart the gateway for: {keys}")
+        return lines
+
+    @property
     def node_rows(self) -> list[tuple[str, str, str, str, str]]:
         """(node, state, in flight, queued, models) for every node."""
         return [
@@ -85,6 +96,7 @@ class StatusReport:
                 "nodes": health.nodes if health is not None else None,
                 "unservable": health.unservable if health is not None else [],
                 "details": health.details if health is not None else [],
+                "config": health.config if health is not None else None,
                 "models": self.models,
             }
         )
@@ -101,6 +113,8 @@ def print_status(report: StatusReport, *, as_json: bool) -> None:
         Console(stderr=True, highlight=False).print(report.summary, soft_wrap=True, markup=False)
         return
     out.print(report.summary, markup=False)
+    for line in report.config_lines:
+        out.print(line, markup=False, soft_wrap=True)
     out.print(_table(("node", "state", "in flight", "queued", "models"), report.node_rows))
     if report.error is not None:
         out.print(f"models: {report.error}", markup=False)

@@ -10,6 +10,7 @@ from cortex.core.neuron_api import Limit, LoadProgress, ModelInfo
 from cortex.core.openai import ModelCard, ModelLocation
 from cortex.gateway.breaker import State as BreakerState
 from cortex.gateway.fleet import FleetSnapshot, NodeView
+from cortex.gateway.live import ConfigState
 from cortex.gateway.roster import available, feasible_nodes, primary
 
 # 2026-01-01: nobody knows when a model was made, and all gateways must say the same.
@@ -17,6 +18,8 @@ CREATED = 1767225600
 
 # The first of these that a replica is in is the model's status.
 _STATUS_ORDER = ("loaded", "loading", "recovering", "draining", "failed", "unloaded")
+
+_AS_IS = ConfigState()
 
 HealthStatus = Literal["ok", "impaired", "degraded"]
 
@@ -73,6 +76,18 @@ class NodeReport(msgspec.Struct, kw_only=True, frozen=True):
     models: list[ModelState] = []
 
 
+class ConfigReport(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """Whether the configuration files are in use as they are.
+
+    Attributes:
+        error: why not; an earlier state of them is in use.
+        restart_for: keys that take effect only when the gateway is started again.
+    """
+
+    error: str | None = None
+    restart_for: list[str] = []
+
+
 class HealthReport(msgspec.Struct, kw_only=True, frozen=True):
     """`GET /health`.
 
@@ -84,9 +99,10 @@ class HealthReport(msgspec.Struct, kw_only=True, frozen=True):
     nodes: NodeCount
     unservable: list[Unservable] = []
     details: list[NodeReport] = []
+    config: ConfigReport = ConfigReport()
 
 
-def health_report(snapshot: FleetSnapshot) -> HealthReport:
+def health_report(snapshot: FleetSnapshot, state: ConfigState = _AS_IS) -> HealthReport:
     """Return the state of the fleet."""
     healthy = sum(node.healthy for node in snapshot.nodes)
     total = len(snapshot.nodes)
@@ -101,6 +117,7 @@ def health_report(snapshot: FleetSnapshot) -> HealthReport:
         nodes=NodeCount(healthy=healthy, total=total),
         unservable=unservable,
         details=[node_report(snapshot, node) for node in snapshot.nodes],
+        config=ConfigReport(error=state.error, restart_for=list(state.restart_for)),
     )
 
 

@@ -7,8 +7,9 @@ once when something just failed there.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from cortex.core.config import NeuronAddress
 from cortex.core.errors import CortexError
 from cortex.gateway.fleet import Fleet, NodeView
 from cortex.gateway.live import Live
@@ -87,6 +88,20 @@ class Watch:
         self._silence_s = silence_s
         self._probe_timeout_s = probe_timeout_s
         self._watched: dict[str, _Watched] = {}
+        self._drained: set[str] = set()
+
+    def use(self, neurons: Sequence[NeuronAddress]) -> None:
+        """Have exactly these nodes in the fleet; requests in hand at others are not touched.
+
+        Where the entry of a node says, or has just ceased to say, that it drains, that goes over
+        what was asked for by `cortex drain`.
+        """
+        self._fleet.set_nodes((each.name, each.endpoint) for each in neurons)
+        drained = {each.name for each in neurons if each.drain}
+        for name in drained ^ self._drained:
+            self._fleet.record_drained(name, name in drained)
+        self._drained = drained
+        self.sync()
 
     def sync(self) -> None:
         """Begin to watch the nodes that are new in the fleet, and leave those that went."""

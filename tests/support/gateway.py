@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -81,12 +82,14 @@ async def run_gateway(
     trust: Trust = OPEN_FLEET,
     limits: LimitsConfig | None = None,
     wall_clock: Callable[[], float] = unix_s,
+    source: Path | None = None,
     **settings: Any,
 ) -> AsyncIterator[RunningGateway]:
     """Serve a gateway over nodes (name: endpoint); `settings` are those of `[gateway]`.
 
     Args:
         keys: keys of which one is required; `entitlements` stands for the whole table instead.
+        source: a configuration file to be read again when it changes.
         eviction: further keys of `[eviction]`.
     """
     config = GatewayConfig(
@@ -103,7 +106,9 @@ async def run_gateway(
     shutdown = asyncio.Event()
     bound: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
     async with (
-        open_apps(config, catalogue or Catalogue(), clock=clock, wall_clock=wall_clock) as apps,
+        open_apps(
+            config, catalogue or Catalogue(), clock=clock, wall_clock=wall_clock, source=source
+        ) as apps,
         asyncio.TaskGroup() as tasks,
     ):
         listeners = [
