@@ -184,6 +184,8 @@ class _Stream:
         except EngineDiedError as exc:
             raise self._engine.farewell or exc from exc
         if not piece:
+            if self._engine.farewell is not None and not self._rewriter.has_ended:
+                raise self._engine.farewell
             return None
         rewritten = self._rewriter.feed(piece)
         if rewritten:

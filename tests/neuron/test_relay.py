@@ -19,11 +19,11 @@ CHAT = "/v1/chat/completions"
 
 
 @asynccontextmanager
-async def served(tmp_path, *, probe=None, settings=None, **fields):
+async def served(tmp_path, *, probe=None, settings=None, drain_s=10.0, **fields):
     """A neuron that serves `org/m` by the fake server in `tmp_path/fake`."""
     model = spec(tmp_path / "fake", env={"PYTHONPATH": os.environ.get("PYTHONPATH", ".")}, **fields)
     command = CommandHarness(models={"org/m": model}, **(settings or {}))
-    async with neuron(tmp_path, command=command, probe=probe) as api:
+    async with neuron(tmp_path, command=command, probe=probe, drain_s=drain_s) as api:
         yield api
 
 
@@ -324,6 +324,34 @@ async def test_unloading_lets_requests_end_and_leaves_no_process(tmp_path):
         assert asking.result().events[-1] == "[DONE]"
         assert not any(map(is_alive, pids))
         assert await api.status_of("org/m") == "unloaded"
+
+
+async def test_requests_that_outlast_the_drain_are_cut_off_in_words(tmp_path):
+    write_script(tmp_path / "fake", gap_s=0.05, stubborn=True)
+    async with served(tmp_path, drain_s=0.2, stop_timeout_s=0.2) as api:
+        await loaded(api)
+        async with asyncio.TaskGroup() as tasks:
+            streaming = tasks.create_task(
+                api.post(CHAT, chat("org/m", "word " * 1000, stream=True))
+            )
+            whole = tasks.create_task(api.post(CHAT, chat("org/m", "word " * 1000)))
+            await eventually(lambda: len(requests(tmp_path / "fake")) == 2)
+            await api.post("/models/unload", {"model_id": "org/m"})
+        assert streaming.result().events[-1]["error"]["code"] == "model_unloading"
+        assert (whole.result().status, whole.result().error["code"]) == (503, "model_unloading")
+
+
+async def test_a_recycled_engine_is_a_new_process_and_requests_wait_for_it(tmp_path):
+    async with served(tmp_path) as api:
+        await loaded(api)
+        write_script(tmp_path / "fake", start_s=0.5)
+        async with asyncio.TaskGroup() as tasks:
+            recycling = tasks.create_task(api.post("/models/recycle", {"model_id": "org/m"}))
+            await eventually(lambda: len(starts(tmp_path / "fake")) == 2)
+            answer = await api.post(CHAT, chat("org/m", "still here"))
+        assert recycling.result().status == 200
+        assert answer.json["choices"][0]["message"]["content"] == "still here"
+        assert not is_alive(starts(tmp_path / "fake")[0])
 
 
 async def test_a_load_that_cannot_start_tells_its_caller_why(tmp_path):

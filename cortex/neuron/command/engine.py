@@ -218,6 +218,9 @@ class CommandEngine:
         """End it; requests in hand end with `error`. It has its own `stop_timeout_s` for that."""
         self._stopping = True
         self._farewell = error
+        if error is not None and self._upstream is not None:
+            # Many servers would otherwise go on with what they have, SIGTERM or not.
+            await self._upstream.close()
         if self._process is not None:
             await self._process.stop()
             await self.ended.wait()

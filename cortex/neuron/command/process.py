@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -166,6 +167,9 @@ class EngineProcess:
     async def _keep_output(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
         loop = asyncio.get_running_loop()
+        # Not for the tail: what a start has to say is what the engine says.
+        title = f"--- {shlex.join(self._arguments)}\n".encode()
+        await loop.run_in_executor(self._writer, self.log.write, title)
         while data := await process.stdout.read(OUTPUT_BYTES):
             self.log.note(data)
             await loop.run_in_executor(self._writer, self.log.write, data)

@@ -109,6 +109,11 @@ class StreamRewriter:
         self._is_finished = False
         self._is_done = False
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the engine has given a reason to finish, or `[DONE]`."""
+        return self._is_done or self._is_finished
+
     def feed(self, piece: bytes) -> bytes:
         """Return what a piece of the engine's stream becomes; often nothing.
 
@@ -127,7 +132,7 @@ class StreamRewriter:
         Raises:
             EngineDiedError: the engine broke off: it gave neither a reason to finish nor `[DONE]`.
         """
-        if not (self._is_done or self._is_finished):
+        if not self.has_ended:
             raise EngineDiedError(
                 f"the engine of model '{self._model_id}' broke off in the middle of its answer"
             )

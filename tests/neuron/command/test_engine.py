@@ -122,6 +122,7 @@ async def test_a_start_that_fails_says_what_the_engine_printed_and_where_all_of_
         log = tmp_path / "logs" / "m.log"
         assert str(log) in caught.value.message
         await eventually(lambda: "out of luck" in log.read_text())
+        assert log.read_text().startswith(f"--- {sys.executable} -m tests.support.fake_server")
 
 
 async def test_an_engine_that_is_never_well_fails_in_time_and_leaves_nothing(tmp_path):
