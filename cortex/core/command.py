@@ -4,6 +4,7 @@ A template is split as a shell would split it and is never given to a shell; `{p
 other placeholders are filled in argument by argument, so that no value can become two arguments.
 """
 
+import hashlib
 import re
 import shlex
 from collections.abc import Mapping
@@ -90,6 +91,12 @@ class CommandModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
             return shlex.split(self.command)
         except ValueError as exc:
             raise ValueError(f"command: {exc} in {self.command!r}") from exc
+
+    @property
+    def digest(self) -> str:
+        """A short name of how it is started; any other command has another."""
+        started = msgspec.json.encode([self.words, sorted(self.env.items()), self.source])
+        return hashlib.sha256(started).hexdigest()[:12]
 
     @property
     def _placeholders(self) -> set[str]:

@@ -7,6 +7,7 @@ the last reading.
 import logging
 import platform
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ import pynvml
 
 from cortex.core.neuron_api import Device, DeviceHealth, Discovery
 from cortex.neuron.devices import HOST, DeviceMemory, Hardware, Reading
+from cortex.neuron.families import process_families
 
 READ_EVERY_S = 5.0
 FIRST_READ_S = 10.0
@@ -61,13 +63,17 @@ class NvmlProbe:
             return Hardware(cuda_unavailable_reason=_why_not(exc))
 
     def read(self, pids: Collection[int]) -> Reading:
-        """Return memory, load and temperature of all devices, the host's memory among them."""
+        """Return memory, load and temperature of all devices, the host's memory among them.
+
+        What a process takes is counted with what those below it take.
+        """
         memory = [_host_memory(self._proc / "meminfo")]
-        processes = {
-            (HOST, pid): num_bytes
-            for pid in pids
-            if (num_bytes := _anonymous_bytes(self._proc / str(pid) / "status")) is not None
-        }
+        families = process_families(self._proc, pids)
+        processes: Counter[tuple[int, int]] = Counter()
+        for pid, head in families.items():
+            held = _anonymous_bytes(self._proc / str(pid) / "status")
+            if held is not None:
+                processes[HOST, head] += held
         devices = []
         if self._has_nvml:
             try:
@@ -76,11 +82,11 @@ class NvmlProbe:
                     devices.append(health)
                     memory.append(device_memory)
                     for pid, num_bytes in _process_bytes(index).items() if pids else ():
-                        if pid in pids:
-                            processes[index, pid] = num_bytes
+                        if pid in families:
+                            processes[index, families[pid]] += num_bytes
             except _nvml.NVMLError as exc:
                 raise OSError(f"NVML: {exc}") from exc
-        return Reading(devices=devices, memory=memory, processes=processes)
+        return Reading(devices=devices, memory=memory, processes=dict(processes))
 
 
 def _why_not(exc: Exception) -> str:

@@ -81,7 +81,8 @@ class Ledger:
         is_new = False
         for model_id, holder in self._holders.items():
             claim = self._claims[model_id]
-            seen = reading.processes.get((claim.device, holder.pid))
+            found = [reading.processes.get((device, holder.pid)) for device in claim.devices]
+            seen = max((each for each in found if each is not None), default=None)
             if seen is None:
                 continue
             if seen > claim.num_bytes:

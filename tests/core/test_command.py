@@ -61,6 +61,13 @@ def test_variables_have_their_placeholders_filled_in_too():
     assert it.environment(VALUES) == {"ADDRESS": "127.0.0.1:4000", "PLAIN": "x"}
 
 
+def test_a_command_has_one_digest_and_any_other_has_another():
+    it = model("serve {port}", env={"A": "1", "B": "2"})
+    assert it.digest == model(["serve", "{port}"], env={"B": "2", "A": "1"}, context=9).digest
+    others = [model("serve {port} -x"), model("serve {port}", env={"A": "1"})]
+    assert it.digest not in {each.digest for each in others}
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

@@ -122,6 +122,19 @@ def test_what_a_process_takes_is_read_where_it_is_asked_for_and_told(meminfo, mo
     assert probe.read(()).processes == {}
 
 
+def test_what_the_processes_below_one_take_is_counted_with_it(meminfo, monkeypatch):
+    monkeypatch.setattr(discovery, "_nvml", FakeNvml())
+    # 5 keeps 6, which keeps 7 and 9; 8 is somebody else's.
+    for pid, parent in ((5, 1), (6, 5), (7, 6), (9, 6), (8, 1)):
+        folder = meminfo.parent / str(pid)
+        folder.mkdir()
+        (folder / "stat").write_text(f"{pid} (a) b (c)) S {parent} 0 0")
+        (folder / "status").write_text("RssAnon:\t1024 kB\n")
+    probe = NvmlProbe(meminfo.parent)
+    probe.hardware()
+    assert probe.read({5}).processes == {(HOST, 5): 4 << 20, (0, 5): 4 * GIB}
+
+
 def test_a_driver_that_tells_of_no_processes_is_no_fault(meminfo, monkeypatch):
     nvml = FakeNvml(nvmlDeviceGetComputeRunningProcesses=FakeNvml.NVMLError("No Permission"))
     monkeypatch.setattr(discovery, "_nvml", nvml)

@@ -160,3 +160,10 @@ def test_a_second_placement_of_a_model_takes_the_place_of_its_first(ledger, moni
     ledger.hold(wish(gib=20), monitor.reading, ())
     assert ledger.hold(wish(gib=20), monitor.reading, ()).num_bytes == 20 * GIB
     assert len(ledger.claims()) == 1
+
+
+def test_what_an_engine_takes_on_the_fullest_of_its_devices_counts_for_each(ledger, monitor):
+    load(ledger, monitor, wish(devices=[0, 1], num_devices=2))
+    ledger.measure(monitor.show(16, 18, m0=16, m1=18))
+    assert ledger.claim("m").num_bytes == 18 * GIB
+    assert ledger.claim("m").devices == (0, 1)

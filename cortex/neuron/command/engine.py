@@ -113,8 +113,8 @@ class CommandEngine:
 
     @property
     def pid(self) -> int | None:
-        """Return None: its memory is spread over processes of its own making."""
-        return None
+        """The keeper, under which everything of the engine runs; None before the start."""
+        return None if self._process is None else self._process.pid
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Start the command on a free port; `tasks` keeps the task that owns it.

@@ -128,6 +128,9 @@ class CommandHarness:
             host_bytes=num_bytes,
             devices=devices,
             num_devices=len(devices) if devices else spec.num_devices,
+            # What was learned of it holds as long as it is started in the same way.
+            dtype=f"command {spec.digest}",
+            max_model_len=request.max_model_len or spec.context,
         )
 
     def make_engine(

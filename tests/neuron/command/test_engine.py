@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -15,6 +16,9 @@ from cortex.core.errors import (
     ShuttingDownError,
 )
 from cortex.neuron.command import engine as engine_module
+from cortex.neuron.devices import HOST
+from cortex.neuron.discovery import NvmlProbe
+from cortex.neuron.families import process_families
 from tests.support.command_engine import engine, load
 from tests.support.fake_server import child_pid, requests, starts, write_script
 from tests.support.neuron_fakes import eventually
@@ -218,6 +222,17 @@ async def test_each_start_has_a_port_of_its_own_on_the_loopback_address(tmp_path
     assert ports[0] != ports[1]
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", int(ports[0]))) != 0
+
+
+async def test_its_memory_is_that_of_all_its_processes(tmp_path):
+    write_script(tmp_path, child=True)
+    async with engine(tmp_path) as it:
+        await load(it)
+        family = process_families(Path("/proc"), {it.pid})
+        assert {it.pid, starts(tmp_path)[0], child_pid(tmp_path)} <= set(family)
+        assert set(family.values()) == {it.pid}
+        held = NvmlProbe().read({it.pid}).processes[HOST, it.pid]
+        assert held > 10 << 20
 
 
 async def test_rates_and_seats_are_reported(tmp_path):
