@@ -111,6 +111,9 @@ __device__ __forceinline__ void fetch_chunks(const GdnRule& p, const PrefillWork
         described = next;
         turn.advance();
     }
+    // No thread ends with copies of its own under way.
+    cp_async_commit();
+    cp_async_wait<0>();
 }
 
 // x = or += left operand (64 rows of 16 kSteps) times the transpose of a tile of 64 rows.
