@@ -20,6 +20,7 @@ MODEL = "cortex-tiny"
 # Beside the mock neurons' ports on the same hosts.
 GATEWAY_PORT, METRICS_PORT, NEURON_PORT = 31323, 31324, 13132
 GONE_S = 10
+STALL_S = 2
 
 
 def body(number: int) -> dict[str, object]:
@@ -34,8 +35,9 @@ class RealFleet:
     neurons: list[subprocess.Popen[str]]
 
 
-@pytest.fixture
-def real(network: Network, tmp_path: Path) -> Iterator[RealFleet]:
+@pytest.fixture(scope="module")
+def real(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealFleet]:
+    tmp_path = tmp_path_factory.mktemp("real")
     _, gateway, _, first, second, _ = network.hosts
     processes: list[subprocess.Popen[str]] = []
 
@@ -52,7 +54,7 @@ def real(network: Network, tmp_path: Path) -> Iterator[RealFleet]:
             state = tmp_path / host.space
             text = (
                 f'host = "{host.address}"\nport = {NEURON_PORT}\nstate_dir = "{state}"\n'
-                f"[harness.torch]\ndemo_models = false\nhub = false\n"
+                f"[harness.torch]\ndemo_models = false\nhub = false\nstall_s = {STALL_S}\n"
                 f'[[default_models]]\nmodel_id = "{MODEL}"\n'
             )
             start(host, host.space, text, "neuron")
@@ -93,14 +95,38 @@ def alive(processes: list[int]) -> list[int]:
     return [each for each in processes if Path(f"/proc/{each}").exists()]
 
 
+async def both_loaded(session: aiohttp.ClientSession, real: RealFleet) -> None:
+    """Wait until the gateway has the model on both nodes."""
+    async with asyncio.timeout(READY_S):
+        while not answers(real.url) or await loaded_on(session, real) < 2:
+            await asyncio.sleep(0.1)
+
+
+async def test_a_hung_engine_is_ended_and_another_one_started(
+    network: Network, real: RealFleet
+) -> None:
+    with network.hosts[0].inside():
+        async with aiohttp.ClientSession() as session:
+            await both_loaded(session, real)
+            (hung,) = children(real.neurons[1])
+            os.kill(hung, signal.SIGSTOP)
+            # Whole answers: their callers have seen nothing when the engine is given up.
+            done = await run_load([real.url], lambda _: body(1), rate=8, seconds=1)
+            assert done.failed == []
+            async with asyncio.timeout(READY_S):
+                while alive([hung]):
+                    await asyncio.sleep(0.1)
+            await both_loaded(session, real)
+            (other,) = children(real.neurons[1])
+            assert other != hung
+
+
 async def test_a_killed_neuron_takes_its_engine_along_and_the_other_one_answers(
     network: Network, real: RealFleet
 ) -> None:
     with network.hosts[0].inside():
         async with aiohttp.ClientSession() as session:
-            async with asyncio.timeout(READY_S):
-                while not answers(real.url) or await loaded_on(session, real) < 2:
-                    await asyncio.sleep(0.1)
+            await both_loaded(session, real)
             engines = children(real.neurons[0])
             assert engines
 
