@@ -298,6 +298,23 @@ def undrain(node: str, endpoints: tuple[str, ...], key: str | None) -> None:
         asyncio.run(set_drained(endpoints, key, node, drained=False, say=click.echo))
 
 
+@main.command()
+@_endpoint
+@_key
+@_as_json
+def usage(endpoint: str, key: str | None, as_json: bool) -> None:
+    """Show what a key may still spend, and what it has spent on each model.
+
+    Limits are as all gateways count them that share a server for it; models as this gateway has
+    counted since it started.
+    """
+    from cortex.gateway.spending import fetch_usage, print_usage
+
+    with _errors_as_messages():
+        report = asyncio.run(fetch_usage(endpoint, key))
+    print_usage(report, as_json=as_json)
+
+
 @main.group()
 def keys() -> None:
     """Make the keys that callers send; the configuration holds only their hashes."""

@@ -19,6 +19,9 @@ from cortex.core.errors import ConfigError, LimitsUnavailableError
 STORAGE_TIMEOUT_S = 0.5
 STORAGE_RETRY_S = 2.0
 MAX_CONNECTIONS = 32
+# How long, and for how many counters, a value of the window before is not asked for again.
+SETTLED_KEPT_S = 1.0
+MAX_SETTLED = 4096
 KEY_PREFIX = "cortex"
 
 _FAULTS = (StorageError, RedisError, OSError, TimeoutError)
@@ -45,6 +48,7 @@ class Counters:
         self._clock = clock
         self._on_fault = on_fault
         self._asked_again_s: float | None = None
+        self._settled: dict[str, tuple[int, float]] = {}
         self._pool: BlockingConnectionPool | None = None
         self._storage = self._open(url)
 
@@ -52,10 +56,11 @@ class Counters:
         if url == "memory":
             return _as_async(storage_from_string("async+memory://"))
         # The same protocol under another name.
-        url = url.replace("valkey", "redis", 1)
+        scheme, _, place = url.partition("://")
+        scheme = scheme.replace("valkey", "redis")
         try:
             self._pool = BlockingConnectionPool.from_url(
-                url.replace("redis+unix", "unix", 1),
+                f"{scheme.replace('redis+unix', 'unix')}://{place}",
                 max_connections=MAX_CONNECTIONS,
                 timeout=STORAGE_TIMEOUT_S,
                 socket_timeout=STORAGE_TIMEOUT_S,
@@ -63,7 +68,7 @@ class Counters:
             )
             return _as_async(
                 storage_from_string(
-                    f"async+{url}",
+                    f"async+{scheme}://{place}",
                     implementation="redispy",
                     wrap_exceptions=True,
                     key_prefix=KEY_PREFIX,
@@ -85,6 +90,8 @@ class Counters:
         Raises:
             LimitsUnavailableError: the server does not answer.
         """
+        if self._pool is None:
+            return await self._storage.incr(name, kept_s, amount)
         self._check()
         try:
             async with asyncio.timeout(STORAGE_TIMEOUT_S):
@@ -100,6 +107,8 @@ class Counters:
         Raises:
             LimitsUnavailableError: the server does not answer.
         """
+        if self._pool is None:
+            return await self._storage.get(name)
         self._check()
         try:
             async with asyncio.timeout(STORAGE_TIMEOUT_S):
@@ -107,6 +116,24 @@ class Counters:
         except _FAULTS as exc:
             raise self._failed(exc) from exc
         self._answered()
+        return value
+
+    async def read_settled(self, name: str) -> int:
+        """Return the value of a counter that hardly changes any more, up to a second old.
+
+        Raises:
+            LimitsUnavailableError: the server does not answer.
+        """
+        if self._pool is None:
+            return await self._storage.get(name)
+        now_s = self._clock()
+        known = self._settled.get(name)
+        if known is not None and now_s - known[1] < SETTLED_KEPT_S:
+            return known[0]
+        value = await self.read(name)
+        if len(self._settled) >= MAX_SETTLED:
+            self._settled.clear()
+        self._settled[name] = value, now_s
         return value
 
     async def close(self) -> None:

@@ -228,7 +228,7 @@ class Limiter:
 
     async def _previous(self, caller: Caller, rule: Rule, now_s: float) -> int:
         name = rule.previous_counter(caller.account_id, caller.key_id, now_s)
-        return 0 if name is None else await self._counters.read(name)
+        return 0 if name is None else await self._counters.read_settled(name)
 
     def _take_back(self, reservation: Reservation) -> None:
         """Undo a reservation whose request is refused: it counts for nothing, not even once."""

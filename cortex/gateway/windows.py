@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -21,6 +22,8 @@ DAY_S = 86400
 # A balance has no end; stores want one.
 BALANCE_KEPT_S = 10 * 365 * DAY_S
 BYTES_PER_TOKEN = 4
+# Names of counters that are kept ready.
+MAX_NAMES = 4096
 
 Unit = Literal["requests", "tokens"]
 
@@ -58,8 +61,13 @@ class Rule:
         return 0 if self.window_s is None else int(now_s // self.window_s)
 
     def _counter(self, account_id: str, key_id: str, window_idx: int) -> str:
-        parts = (account_id, key_id, self.name, str(self.window_s or "balance"), str(window_idx))
-        return "/".join(quote(part, safe="") for part in parts)
+        return f"{_series(account_id, key_id, self.name, self.window_s)}/{window_idx}"
+
+
+@lru_cache(maxsize=MAX_NAMES)
+def _series(account_id: str, key_id: str, rule: str, window_s: int | None) -> str:
+    parts = (account_id, key_id, rule, str(window_s or "balance"))
+    return "/".join(quote(part, safe="") for part in parts)
 
 
 def rules_of(entry: ApiKey) -> tuple[Rule, ...]:

@@ -21,7 +21,9 @@ def test_version_names_the_package_and_torch(tmp_path: Path):
     assert "torch 2." in done.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "neuron", "up", "status", "plan", "why", "keys"])
+@pytest.mark.parametrize(
+    "command", ["serve", "neuron", "up", "status", "plan", "why", "usage", "keys"]
+)
 def test_help_explains_each_command(tmp_path: Path, command: str):
     done = run_cortex(tmp_path, command, "--help")
     assert done.returncode == 0

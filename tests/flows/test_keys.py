@@ -8,6 +8,7 @@ from typing import Any
 
 import aiohttp
 import anthropic
+import msgspec
 import openai
 import pytest
 
@@ -115,6 +116,20 @@ def test_status_shows_the_fleet_to_those_with_a_key(closed: Closed) -> None:
     assert done.returncode == 0, done.stderr
     assert "only" in done.stdout
     assert MODEL in done.stdout
+
+
+def test_usage_shows_limits_and_models_of_the_key(closed: Closed) -> None:
+    arguments = ("usage", "-e", closed.url, "--key", closed.keys["ample"])
+    done = run_cortex(closed.folder, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "key ample of account alice" in done.stdout
+    assert "tokens_per_day" in done.stdout
+    assert MODEL in done.stdout
+    report = msgspec.json.decode(run_cortex(closed.folder, *arguments, "--json").stdout)
+    assert report["limits"][0]["limit"] == 100000
+    refused = run_cortex(closed.folder, "usage", "-e", closed.url)
+    assert refused.returncode == 1
+    assert "a key is required" in refused.stderr
 
 
 def test_the_engine_inherits_no_secret(closed: Closed) -> None:

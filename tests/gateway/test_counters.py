@@ -52,6 +52,20 @@ async def test_counters_on_a_server_are_common_to_all_who_use_it(
 
 
 @needs_redis
+async def test_what_hardly_changes_is_asked_for_once_a_second(server: RedisServer) -> None:
+    clock = Clock()
+    counters = Counters(server.url, clock=clock, on_fault=lambda: None)
+    await counters.add("a", 5, 60)
+    assert await counters.read_settled("a") == 5
+    await counters.add("a", 1, 60)
+    clock.now_s += 0.9
+    assert await counters.read_settled("a") == 5
+    clock.now_s += 0.1
+    assert await counters.read_settled("a") == 6
+    await counters.close()
+
+
+@needs_redis
 async def test_a_server_that_goes_away_is_left_alone_for_a_moment_and_told_of_once(
     server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -78,6 +92,17 @@ async def test_a_server_that_goes_away_is_left_alone_for_a_moment_and_told_of_on
         "the server of limits.storage answers again",
     ]
     await counters.close()
+
+
+async def test_only_the_scheme_of_a_url_is_read_as_another_name_of_redis() -> None:
+    counters = Counters("valkey://valkey:6380/2", clock=Clock(), on_fault=lambda: None)
+    assert counters._pool is not None
+    place = counters._pool.connection_kwargs
+    assert (place["host"], place["port"], place["db"]) == ("valkey", 6380, 2)
+    unix = Counters("valkey+unix:///run/valkey.sock?db=3", clock=Clock(), on_fault=lambda: None)
+    assert unix._pool is not None
+    assert unix._pool.connection_kwargs["path"] == "/run/valkey.sock"
+    assert unix._pool.connection_kwargs["db"] == 3
 
 
 async def test_a_url_that_cannot_be_used_stops_the_start_without_being_quoted() -> None:

@@ -6,13 +6,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cortex.core.entitlements import ApiKey, Entitlements, LimitsConfig
 from cortex.core.errors import RateLimitError
 from cortex.gateway import counters, limiter
 from cortex.gateway.auth import Caller, Gatekeeper
 from cortex.gateway.fleet import Fleet
-from cortex.gateway.limiter import Limiter
+from cortex.gateway.limiter import Limiter, Reservation
 from cortex.gateway.metrics import Metrics
 from tests.support.redis import needs_redis, redis_server
 
@@ -111,7 +113,7 @@ async def test_a_request_cancelled_while_it_is_counted_leaves_nothing_behind(
                 await asyncio.Event().wait()
                 raise AssertionError
 
-            patched.setattr(counters.Counters, "read", hang)
+            patched.setattr(counters.Counters, "read_settled", hang)
             async with asyncio.TaskGroup() as tasks:
                 counting = tasks.create_task(limits.count(reservation))
                 await waiting.wait()
@@ -131,6 +133,46 @@ async def test_the_queue_of_notes_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
         await made.count(reservation)
         made.settle(reservation, 1)
     assert b"cortex_limits_storage_errors_total 2.0" in metrics.render()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(st.tuples(st.sampled_from(["begin", "settle", "leave"]), st.integers(0, 60))),
+    amount=st.integers(20, 300),
+)
+def test_whatever_requests_do_the_counters_hold_what_is_spent_and_what_is_open(
+    steps: list[tuple[str, int]], amount: int
+) -> None:
+    who = caller(requests_per_minute=5, tokens_per_day=amount, max_concurrent=3)
+
+    async def walk() -> None:
+        spent = requests = 0
+        open_now: list[Reservation] = []
+        async with running() as limits:
+            for step, number in steps:
+                if step == "begin":
+                    try:
+                        reservation = limits.begin(who, BODY)
+                        await limits.count(reservation)
+                    except RateLimitError:
+                        continue
+                    open_now.append(reservation)
+                    requests += 1
+                elif open_now:
+                    reservation = open_now.pop(number % len(open_now))
+                    tokens = number if step == "settle" else 0
+                    limits.settle(reservation, tokens)
+                    limits.settle(reservation, 1000)
+                    spent += tokens
+                reserved = min(ESTIMATE, amount) * len(open_now)
+                assert await used(limits, who) == [requests, spent + reserved]
+                assert len(open_now) <= 3
+                assert requests <= 5
+            for reservation in open_now:
+                limits.settle(reservation, 0)
+            assert await used(limits, who) == [requests, spent]
+
+    asyncio.run(walk())
 
 
 @needs_redis
