@@ -52,11 +52,24 @@ class CatalogueModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
             raise ValueError(
                 f"model {self.id}: a command is for harness `command`, not `{self.harness}`"
             )
+        if self.command is not None:
+            self._settle(self.command)
         if self.min_devices > 1 and not self.is_external:
             raise ValueError(
                 f"model {self.id}: min_devices over 1 asks for tensor parallelism, which is not "
                 "supported; a model runs on one device"
             )
+
+    def _settle(self, command: CommandModel) -> None:
+        """Take from the command what it says of memory and devices."""
+        if self.min_devices not in (1, command.span):
+            raise ValueError(
+                f"model {self.id}: min_devices is {self.min_devices}, and its command spans "
+                f"{command.span}; leave min_devices out"
+            )
+        msgspec.structs.force_setattr(self, "min_devices", command.span)
+        if self.vram_mb is None:
+            msgspec.structs.force_setattr(self, "vram_mb", command.vram_mb * command.span)
 
     @property
     def is_external(self) -> bool:

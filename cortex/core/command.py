@@ -93,6 +93,11 @@ class CommandModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
             raise ValueError(f"command: {exc} in {self.command!r}") from exc
 
     @property
+    def span(self) -> int:
+        """How many devices it spans; 1 on the host."""
+        return len(self.devices) or 1 if self.devices is not None else self.num_devices
+
+    @property
     def digest(self) -> str:
         """A short name of how it is started; any other command has another."""
         started = msgspec.json.encode([self.words, sorted(self.env.items()), self.source])

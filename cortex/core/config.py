@@ -186,7 +186,7 @@ class NeuronConfig(_Config, Trust, frozen=True):
     port: Port = NEURON_PORT
     max_body_mb: Count = 64
     state_dir: str | None = None  # None: the user's cache directory
-    harnesses: list[HarnessName] = []  # empty: torch
+    harnesses: list[HarnessName] = []  # empty: torch, and command where it is configured
     default_models: list[DefaultModel] = []
     harness: Harnesses = Harnesses()
 
@@ -196,6 +196,23 @@ class NeuronConfig(_Config, Trust, frozen=True):
                 "tls_ca asks gateways for certificates; set tls_cert and tls_key, too, so that "
                 "there is TLS"
             )
+        command = self.harness.command
+        is_configured = bool(command.models) or command.allow_remote_commands
+        if is_configured and "command" not in self.kinds:
+            raise ValueError(
+                "harness.command is configured, and harnesses does not name it; add "
+                '[[harnesses]] with name = "command"'
+            )
+        if self.kinds == {"command"} and not is_configured:
+            raise ValueError("harnesses names command alone, and harness.command has no models")
+
+    @property
+    def kinds(self) -> set[str]:
+        """The engine kinds that this host runs, by the names we have for them."""
+        named: set[str] = {
+            "torch" if each.name == "candle" else each.name for each in self.harnesses
+        }
+        return named or {"torch", "command"}
 
 
 # Keys of the original that this program does not act on, each with the way out. `[]` stands

@@ -181,7 +181,8 @@ class ModelInfo(msgspec.Struct, kw_only=True, frozen=True):
 
     Attributes:
         need_bytes: what it holds, or what a load would ask of the devices of this host: weights,
-            the least useful cache and the process.
+            the least useful cache and the process; on all of them together.
+        num_devices: how many devices it spans.
         cache_bytes: the caches of a loaded model.
         resident_s: seconds since its engine was ready, None while it has none.
         ttl_s, min_resident_s, pinned, priority: what its load asked for.
@@ -200,6 +201,7 @@ class ModelInfo(msgspec.Struct, kw_only=True, frozen=True):
     weight_bytes: int | None = None
     cache_bytes: int | None = None
     need_bytes: int | None = None
+    num_devices: int = 1
     capabilities: list[str] = []
     limit: Limit | None = None
     cost: Cost | None = None

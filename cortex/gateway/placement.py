@@ -97,7 +97,11 @@ class _Planner:
         self._rivals = catalogue.rivals(model_id)
         self._entry = catalogue.find(model_id)
         self._priority = priority_in(catalogue, node, model_id)
-        self._num_devices = self._entry.min_devices if self._entry is not None else 1
+        info = node.models.get(model_id)
+        self._num_devices = max(
+            1 if self._entry is None else self._entry.min_devices,
+            1 if info is None else info.num_devices,
+        )
         self._needed = needed_bytes(snapshot, node, model_id, self._entry)
         self._needed_each = -(-self._needed // self._num_devices)
         self._num_bytes = _weight_bytes(snapshot, node, model_id) or self._needed or None

@@ -95,16 +95,19 @@ async def open_app(
         clock=clock,
     )
     command = config.harness.command
-    harnesses: list[Harness] = [harness]
+    # What the configuration names goes before what lies in a directory.
+    harnesses: list[Harness] = []
     if command.models or command.allow_remote_commands:
-        external = CommandHarness(
-            command,
-            environment=foreign_environment(),
-            log_dir=state_dir / "engines",
-            clock=clock,
+        harnesses.append(
+            CommandHarness(
+                command,
+                environment=foreign_environment(),
+                log_dir=state_dir / "engines",
+                clock=clock,
+            )
         )
-        # What the configuration names goes before what lies in a directory.
-        harnesses.insert(0, external)
+    if "torch" in config.kinds:
+        harnesses.append(harness)
     lifecycle = Lifecycle(
         config=torch,
         harnesses=harnesses,

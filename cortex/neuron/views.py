@@ -182,6 +182,7 @@ class Views:
             status="unloaded",
             weight_bytes=None if facts is None else facts.weight_bytes,
             need_bytes=self._need_bytes(harness, entry),
+            num_devices=1 if command is None else command.span,
             capabilities=_capabilities(command),
             limit=self._limit(None, entry),
             tool_call=tool_call,
@@ -202,12 +203,15 @@ class Views:
         tool_call, reasoning = _traits(model.chat, command)
         is_loading = is_recycling or status in ("loading", "recovering")
         last_used_s = model.last_used_s
-        need = self._need_bytes(model.harness, entry) if claim is None else claim.num_bytes
+        need = self._need_bytes(model.harness, entry)
+        if claim is not None:
+            need = claim.num_bytes * len(claim.devices)
         return ModelInfo(
             id=model.id,
             harness=model.harness.name,
             status=status,
             devices=[] if claim is None or claim.device == HOST else list(claim.devices),
+            num_devices=1 if command is None else command.span,
             vram_used_mb=None if claim is None else claim.num_bytes // MIB * len(claim.devices),
             weight_bytes=None if facts is None else facts.weight_bytes,
             cache_bytes=None if loaded is None or claim is None else loaded.cache_bytes,
@@ -233,7 +237,8 @@ class Views:
 
     def _need_bytes(self, harness: Harness, entry: Entry | None) -> int | None:
         wish = None if entry is None else harness.wish(entry, LoadRequest(model_id=entry.id))
-        return None if wish is None else self._lifecycle.need_bytes(wish)
+        each = None if wish is None else self._lifecycle.need_bytes(wish)
+        return None if each is None or wish is None else each * wish.num_devices
 
     def _limit(self, model: Model | None, entry: Entry | None) -> Limit | None:
         if model is not None and model.chat is not None:

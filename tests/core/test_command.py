@@ -155,6 +155,19 @@ def test_every_recipe_loads(tmp_path):
             assert "4000" in model.arguments(VALUES)
 
 
+def test_a_catalogue_entry_spans_what_its_command_spans(tmp_path):
+    path = tmp_path / "models.toml"
+    lines = '[[models]]\nid = "m"\n{}[models.command]\ncommand = "{{port}}"\nvram_mb = 5\n'
+    path.write_text(lines.format("") + "devices = [2, 3, 4]\n")
+    assert (load_catalogue(path).models[0].min_devices, load_catalogue(path).models[0].vram_mb) == (
+        3,
+        15,
+    )
+    path.write_text(lines.format("min_devices = 2\n") + "num_devices = 4\n")
+    with pytest.raises(ConfigError, match="min_devices is 2, and its command spans 4"):
+        load_catalogue(path)
+
+
 def test_a_catalogue_entry_of_another_harness_takes_no_command(tmp_path):
     path = tmp_path / "models.toml"
     path.write_text(
@@ -163,3 +176,21 @@ def test_a_catalogue_entry_of_another_harness_takes_no_command(tmp_path):
     )
     with pytest.raises(ConfigError, match="a command is for harness `command`, not `torch`"):
         load_catalogue(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '[[harnesses]]\nname = "torch"\n[harness.command.models.m]\n'
+            'command = "{port}"\nvram_mb = 1\n',
+            "harnesses does not name it",
+        ),
+        ('[[harnesses]]\nname = "command"\n', "harness.command has no models"),
+    ],
+)
+def test_engine_kinds_that_contradict_the_tables_stop_the_start(tmp_path, text, message):
+    path = tmp_path / "neuron.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_neuron_config(path)

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
-from cortex.core.config import Admission, CommandHarness
+from cortex.core.config import Admission, CommandHarness, HarnessName
 from cortex.core.openai import read_usage_comment
 from cortex.neuron import residency
 from cortex.neuron.command import engine as engine_module
@@ -16,12 +16,13 @@ from tests.support.neuron_fakes import FakeProbe, eventually
 from tests.support.neuron_http import add_chat_model, chat, encode, neuron, until
 
 CHAT = "/v1/chat/completions"
+ENVIRONMENT = {"PYTHONPATH": os.environ.get("PYTHONPATH", ".")}
 
 
 @asynccontextmanager
 async def served(tmp_path, *, probe=None, settings=None, drain_s=10.0, **fields):
     """A neuron that serves `org/m` by the fake server in `tmp_path/fake`."""
-    model = spec(tmp_path / "fake", env={"PYTHONPATH": os.environ.get("PYTHONPATH", ".")}, **fields)
+    model = spec(tmp_path / "fake", env=ENVIRONMENT, **fields)
     command = CommandHarness(models={"org/m": model}, **(settings or {}))
     async with neuron(tmp_path, command=command, probe=probe, drain_s=drain_s) as api:
         yield api
@@ -413,8 +414,7 @@ async def test_a_command_from_the_network_is_refused_unless_it_is_allowed(tmp_pa
 
 
 async def test_a_command_from_the_network_is_run_where_that_is_allowed(tmp_path):
-    path = {"PYTHONPATH": os.environ.get("PYTHONPATH", ".")}
-    command = msgspec.to_builtins(spec(tmp_path / "fake", env=path))
+    command = msgspec.to_builtins(spec(tmp_path / "fake", env=ENVIRONMENT))
     async with neuron(tmp_path, command=CommandHarness(allow_remote_commands=True)) as api:
         assert (await api.load("other", command=command)).status == 200
         answer = await api.post(CHAT, chat("other", "one"))
@@ -442,6 +442,21 @@ async def test_our_own_engine_serves_beside_an_external_one(tmp_path):
         answer = await api.post(CHAT, chat("ours", "hello there", max_tokens=500))
         assert "hello there" in answer.json["choices"][0]["message"]["content"]
         assert (await api.get("/models/ours")).json["harness"] == "torch"
+
+
+async def test_a_host_of_external_engines_alone_serves_nothing_of_its_own(tmp_path):
+    add_chat_model(tmp_path / "models", "ours")
+    kinds = [HarnessName(name="command")]
+    command = CommandHarness(models={"org/m": spec(tmp_path / "fake", env=ENVIRONMENT)})
+    async with neuron(tmp_path, command=command, harnesses=kinds) as api:
+        assert [each["id"] for each in (await api.get("/models")).json] == ["org/m"]
+        assert (await api.get("/discovery")).json["harnesses"] == ["command"]
+        assert (await api.load("ours")).status == 404
+        answer = await api.load("org/m", harness="torch")
+        assert (answer.status, answer.error["param"]) == (400, "harness")
+        await loaded(api)
+        assert (await api.post(CHAT, chat("org/m", "one"))).status == 200
+        assert (await api.post(CHAT, chat("ours"))).status == 404
 
 
 async def test_tokens_are_counted_by_the_engine(tmp_path):

@@ -15,6 +15,7 @@ from cortex.core.config import (
     CommandHarness,
     DefaultModel,
     Harnesses,
+    HarnessName,
     NeuronConfig,
     TorchHarness,
 )
@@ -124,6 +125,7 @@ async def neuron(
     drain_s: float = 10.0,
     trust: Trust = OPEN,
     command: CommandHarness | None = None,
+    harnesses: Sequence[HarnessName] = (),
     **torch: Any,
 ) -> AsyncIterator[Api]:
     """Run a neuron over `tmp_path/models` on a free port."""
@@ -140,6 +142,7 @@ async def neuron(
     config = NeuronConfig(
         state_dir=str(tmp_path / "state"),
         harness=Harnesses(torch=harness, command=command or CommandHarness()),
+        harnesses=list(harnesses),
         default_models=list(default_models),
         max_body_mb=max_body_mb,
         **msgspec.structs.asdict(trust),

@@ -75,7 +75,7 @@ class CommandHarness:
                     f"neuron.toml says what is served; leave {option} out",
                     param=option,
                 )
-        num_devices = len(spec.devices) if spec.devices else spec.num_devices
+        num_devices = spec.span
         if (request.tensor_parallel or num_devices) != num_devices:
             raise UnsupportedFieldError(
                 f"model '{request.model_id}' runs on {num_devices} device(s), as its "
@@ -127,7 +127,7 @@ class CommandHarness:
             gpu_bytes=num_bytes,
             host_bytes=num_bytes,
             devices=devices,
-            num_devices=len(devices) if devices else spec.num_devices,
+            num_devices=spec.span,
             # What was learned of it holds as long as it is started in the same way.
             dtype=f"command {spec.digest}",
             max_model_len=request.max_model_len or spec.context,

@@ -21,6 +21,9 @@ class EngineLog:
 
     Args:
         max_bytes: of both files together.
+
+    Attributes:
+        is_broken: whether something could not be written.
     """
 
     def __init__(self, folder: Path, model_id: str, *, max_bytes: int) -> None:
@@ -28,7 +31,7 @@ class EngineLog:
         self._max_file_bytes = max_bytes // 2
         self._lines: deque[str] = deque(maxlen=TAIL_LINES)
         self._partial = b""
-        self._is_broken = False
+        self.is_broken = False
 
     @property
     def tail(self) -> list[str]:
@@ -54,8 +57,8 @@ class EngineLog:
                     return
             self.path.write_bytes(data)
         except OSError as exc:
-            if not self._is_broken:
-                self._is_broken = True
+            if not self.is_broken:
+                self.is_broken = True
                 _logger.warning(
                     "the output of an engine cannot be kept",
                     extra={"file": str(self.path), "cause": str(exc)},

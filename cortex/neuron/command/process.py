@@ -145,7 +145,10 @@ class EngineProcess:
     def last_words(self) -> str:
         """What it printed last, as the end of a message; empty if it printed nothing."""
         text = "\n".join(self.log.tail)[-MAX_TAIL_CHARS:]
-        return f"; its output ends with:\n{text}\n(all of it: {self.log.path})" if text else ""
+        if not text:
+            return ""
+        where = "" if self.log.is_broken else f"\n(all of it: {self.log.path})"
+        return f"; its output ends with:\n{text}{where}"
 
     def _ask(self, word: bytes) -> None:
         process = self._process

@@ -74,6 +74,13 @@ async def test_a_server_without_health_is_known_by_its_list_of_models(tmp_path):
         assert it.can_serve
 
 
+async def test_a_health_check_of_ones_own_is_the_only_one_asked(tmp_path):
+    write_script(tmp_path, health=500)
+    async with engine(tmp_path, health_path="/v1/models") as it:
+        await load(it)
+        assert it.can_serve
+
+
 async def test_the_name_and_the_context_are_asked_of_a_server_with_one_model(tmp_path):
     write_script(tmp_path, name="its/own-name")
     async with engine(tmp_path) as it:
