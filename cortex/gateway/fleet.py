@@ -45,6 +45,7 @@ class NodeView:
         retry_s: how long its breaker certainly lets nothing pass.
         models: by model id; kept while the node is unhealthy, so that its models stay known.
         loads: work in hand by model id, as reported.
+        claims: bytes that loads asked of it will take, by model id, until it tells of them itself.
         foreign: requests in hand by model id that are not this gateway's.
     """
 
@@ -64,6 +65,7 @@ class NodeView:
     models: Mapping[str, ModelInfo] = field(default_factory=dict)
     loads: Mapping[str, ModelLoad] = field(default_factory=dict)
     foreign: Mapping[str, int] = field(default_factory=dict)
+    claims: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def failures(self) -> int:
@@ -240,8 +242,11 @@ class Fleet:
                 read[model_id] = node.models[model_id]
             else:
                 read.pop(model_id, None)
+        claims = {key: size for key, size in node.claims.items() if (name, key) in self._touched}
         health = health or node.health
-        self._replace(name, health=health, models=MappingProxyType(read))
+        self._replace(
+            name, health=health, models=MappingProxyType(read), claims=MappingProxyType(claims)
+        )
         self._set_loads(name, health.models if health is not None else ())
         return self.record_alive(name)
 
@@ -307,7 +312,12 @@ class Fleet:
         if node is None:
             return
         self._touch(name, info.id)
-        self._replace(name, models=MappingProxyType({**node.models, info.id: info}))
+        claims = {key: size for key, size in node.claims.items() if key != info.id}
+        self._replace(
+            name,
+            models=MappingProxyType({**node.models, info.id: info}),
+            claims=MappingProxyType(claims),
+        )
         if info.status not in _RESIDENT and info.id in node.loads:
             self._set_loads(name, [load for load in node.loads.values() if load.id != info.id])
 
@@ -336,6 +346,13 @@ class Fleet:
             known, status=status, error=error, progress=None, servable=None
         )
         self.record_model(name, changed)
+
+    def record_claim(self, name: str, model_id: str, num_bytes: int) -> None:
+        """Record that a load was asked of a node, which has not told of it yet."""
+        self.record_status(name, model_id, "loading")
+        node = self._nodes.get(name)
+        if node is not None:
+            self._replace(name, claims=MappingProxyType({**node.claims, model_id: num_bytes}))
 
     def record_drained(self, name: str, drained: bool) -> None:
         """Record whether the operator wants nothing new to go to a node."""

@@ -52,6 +52,10 @@ def load_deadline_s(weight_bytes: int | None, measured_bytes_s: float | None) ->
     return LOAD_BASE_S + weight_bytes / rate
 
 
+class _CrowdedError(LoadFailedError):
+    """What would have to leave is at work, and may be done soon."""
+
+
 class _Load:
     """A load under way, and how it ended."""
 
@@ -146,21 +150,34 @@ class Loads:
             load.done.set()
 
     async def _try_plans(self, cold: ColdLoad) -> None:
-        """Load on the first node that can."""
+        """Load on the first node that can at once, else where room may come soon."""
         first: CortexError | None = None
+        crowded: LoadPlan | None = None
+        is_only = len(cold.plans) == 1
         for plan in cold.plans:
-            try:
-                self._check(plan)
-                await self._load_on(plan)
-            except CortexError as exc:
-                _logger.warning(
-                    "loading %s on %s failed: %s", cold.model_id, plan.node, exc.message
-                )
-                first = first or exc
-            else:
+            error = await self._try(plan, may_wait=is_only)
+            if error is None:
+                return
+            first = first or error
+            if crowded is None and isinstance(error, _CrowdedError):
+                crowded = plan
+        if crowded is not None and not is_only:
+            error = await self._try(crowded, may_wait=True)
+            if error is None:
                 return
         assert first is not None
         raise first
+
+    async def _try(self, plan: LoadPlan, *, may_wait: bool) -> CortexError | None:
+        """Load on one node; return why that failed."""
+        try:
+            self._check(plan)
+            await self._load_on(plan, may_wait=may_wait)
+        except CortexError as exc:
+            name = plan.request.model_id
+            _logger.warning("loading %s on %s failed: %s", name, plan.node, exc.message)
+            return exc
+        return None
 
     def _check(self, plan: LoadPlan) -> None:
         """Raise where the node takes nothing new any more, since the plan was made."""
@@ -172,15 +189,19 @@ class Loads:
                 retry_after_s=RETRY_AFTER_S,
             )
 
-    async def _load_on(self, plan: LoadPlan) -> None:
-        """Load on one node and record how it ended."""
+    async def _load_on(self, plan: LoadPlan, *, may_wait: bool) -> None:
+        """Load on one node and record how it ended.
+
+        Args:
+            may_wait: for residents at work, which may be done soon.
+        """
         model_id, node = plan.request.model_id, plan.node
         view = self._fleet.snapshot().node(node)
         before = (view.status(model_id) if view is not None else None) or "unloaded"
         if before != "loading":
             if plan.is_asked_for:
                 self._metrics.record_cold_start(model_id, node)
-            self._fleet.record_status(node, model_id, "loading")
+            self._fleet.record_claim(node, model_id, plan.needed_bytes)
         begun_s = self._clock()
         limit_s = load_deadline_s(plan.weight_bytes, self._rates.load_bytes_s(node))
         is_lost = False
@@ -194,7 +215,7 @@ class Loads:
             async with asyncio.timeout(limit_s) as limit:
                 # A host that is gone closes no connection: without this, all would wait on.
                 with self._fleet.on_node_lost(node, give_up):
-                    answer = await self._load_making_room(plan)
+                    answer = await self._load_making_room(plan, may_wait=may_wait)
         except TimeoutError as exc:
             if is_lost:
                 self._failed(plan, "unloaded")
@@ -213,8 +234,11 @@ class Loads:
         except RemoteError as exc:
             self._failed(plan, "failed", exc.message)
             raise _load_failed(plan, exc) from exc
-        except CortexError:
-            self._failed(plan, "unloaded")
+        except CortexError as exc:
+            if may_wait or not isinstance(exc, _CrowdedError):
+                self._failed(plan, "unloaded")
+            else:
+                self._fleet.record_status(node, model_id, before)
             raise
         load_s = self._clock() - begun_s
         self._fleet.record_status(node, model_id, "loaded")
@@ -234,9 +258,9 @@ class Loads:
         self._metrics.record_load(model_id, plan.node, loaded=False, load_s=0.0)
         self._poke(plan.node)
 
-    async def _load_making_room(self, plan: LoadPlan) -> LoadResponse:
+    async def _load_making_room(self, plan: LoadPlan, *, may_wait: bool) -> LoadResponse:
         """Ask for the load, naming victims where memory is short."""
-        give_up_s = self._clock() + self.room_wait_s
+        give_up_s = self._clock() + (self.room_wait_s if may_wait else 0.0)
         rivals = await self._rivals(plan, give_up_s)
         request = msgspec.structs.replace(plan.request, evict=rivals)
         rounds = 0
@@ -258,9 +282,12 @@ class Loads:
                         request = msgspec.structs.replace(plan.request, evict=[*rivals, *victims])
                         continue
                     # Residents at work may be done soon; nothing else changes by waiting.
-                    later = self._victims(plan, shortage, patience_s=left_s)
-                    if not later or rounds >= MAX_EVICTION_ROUNDS or not left_s:
+                    patience_s = left_s if may_wait else self.room_wait_s
+                    later = self._victims(plan, shortage, patience_s=patience_s)
+                    if not later or rounds >= MAX_EVICTION_ROUNDS:
                         raise _no_room(plan, shortage) from exc
+                    if not left_s:
+                        raise _no_room(plan, shortage, _CrowdedError) from exc
                 request = msgspec.structs.replace(plan.request, evict=rivals)
                 await asyncio.sleep(self.room_retry_s)
                 continue
@@ -278,7 +305,7 @@ class Loads:
                 return list(kept)
             if self._clock() >= give_up_s:
                 why = ", ".join(f"{name} {reason}" for name, reason in kept.items() if reason)
-                raise LoadFailedError(
+                raise _CrowdedError(
                     f"model '{plan.request.model_id}' may not be on {plan.node} beside others of "
                     f"its group, and they cannot leave: {why}; try again later",
                     retry_after_s=RETRY_AFTER_S,
@@ -306,8 +333,10 @@ def _load_failed(plan: LoadPlan, exc: RemoteError) -> CortexError:
     return RemoteError(message, status=exc.status, code=exc.code, kind=exc.kind, extras=exc.extras)
 
 
-def _no_room(plan: LoadPlan, shortage: Shortage) -> LoadFailedError:
-    return LoadFailedError(
+def _no_room(
+    plan: LoadPlan, shortage: Shortage, kind: type[LoadFailedError] = LoadFailedError
+) -> LoadFailedError:
+    return kind(
         f"model '{plan.request.model_id}' needs {shortage.needed_bytes / _GIB:.1f} GiB on "
         f"{plan.node}, {shortage.free_bytes / _GIB:.1f} free, and what is resident there is in "
         "use, pinned or of higher priority; try again later or unload one",

@@ -108,6 +108,9 @@ class _Planner:
 
     def plan(self, demand: Demand) -> Placement:
         """Return the placement on the devices that are cheapest to make room on."""
+        info = self._node.models.get(self._model_id)
+        if info is not None and self._node.status(self._model_id) == "loading":
+            return self._joined(info, demand)
         shares = sorted(
             (self._share(device, free) for device, free in self._devices()),
             key=lambda share: (share.blocked is not None, share.victims_s, -share.free_bytes),
@@ -129,13 +132,33 @@ class _Planner:
             doubt=next((share.blocked for share in chosen if share.blocked is not None), None),
         )
 
+    def _joined(self, info: ModelInfo, demand: Demand) -> Placement:
+        """Return the placement of a load under way: what it needs it has been promised."""
+        left_s = info.progress.seconds_left if info.progress is not None else None
+        if left_s is None:
+            left_s = load_s(self._node, self._model_id, self._num_bytes, self._known)
+        return Placement(
+            node=self._node.name,
+            status="loading",
+            devices=tuple(info.devices),
+            needed_bytes=self._needed_each,
+            free_bytes=self._needed_each,
+            victims=(),
+            cost=Cost(
+                prefill_s=prefill_s(self._node, self._model_id, demand, self._known),
+                load_s=left_s,
+            ),
+        )
+
     def _devices(self) -> Iterator[tuple[int | None, int]]:
         """Yield each device that may be used with its free bytes; None stands for the host."""
         node = self._node
         if not node.devices:
             yield None, self._host_bytes()
             return
-        free = {each.index: _free_bytes(each) for each in _readings(node)}
+        # On which device a load that has only been asked for will be is the neuron's to choose.
+        claimed = sum(node.claims.values())
+        free = {each.index: max(0, _free_bytes(each) - claimed) for each in _readings(node)}
         devices = node.devices if self._entry is None else self._entry.usable_devices(node.devices)
         for device in devices:
             yield device.index, free.get(device.index, 0)
@@ -143,7 +166,7 @@ class _Planner:
     def _host_bytes(self) -> int:
         health, discovery = self._node.health, self._node.discovery
         if health is not None and health.host is not None:
-            return health.host.free_bytes
+            return max(0, health.host.free_bytes - sum(self._node.claims.values()))
         total_mb = discovery.memory_total_mb if discovery is not None else 0
         return max(0, total_mb * _MIB - sum(each.memory_bytes for each in self._residents))
 

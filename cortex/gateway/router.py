@@ -89,6 +89,7 @@ class LoadPlan:
 
     Attributes:
         weight_bytes: size of the weights, None while nobody knows.
+        needed_bytes: what it will take of each device it is on, 0 where nobody knows.
         rivals: models that may not stay beside it on any node.
         displaces: the highest priority that has to make room; None: up to the model's own.
         is_asked_for: a request waits for it.
@@ -98,6 +99,7 @@ class LoadPlan:
     endpoint: str
     request: LoadRequest
     weight_bytes: int | None = None
+    needed_bytes: int = 0
     rivals: frozenset[str] = frozenset()
     displaces: int | None = None
     is_asked_for: bool = True
@@ -321,6 +323,7 @@ class _Case:
             endpoint=node.endpoint,
             request=load_request(self.catalogue, model_id, placement, self.policy),
             weight_bytes=info.weight_bytes if info is not None else None,
+            needed_bytes=placement.needed_bytes,
             rivals=self.catalogue.rivals(model_id),
         )
 

@@ -148,3 +148,49 @@ def test_a_snapshot_does_not_change_afterwards(fleet: Fleet) -> None:
     fleet.lease("a", "x")
     assert not before.nodes[0].healthy
     assert dict(before.leases) == {}
+
+
+def test_a_load_that_was_asked_for_is_claimed_until_the_node_tells_of_it(fleet: Fleet) -> None:
+    fleet.record_reading("a", [info("x", "unloaded")], None, stamp=fleet.begin_reading())
+    stamp = fleet.begin_reading()
+    fleet.record_claim("a", "x", 5)
+    assert (node_of(fleet).status("x"), dict(node_of(fleet).claims)) == ("loading", {"x": 5})
+    fleet.record_reading("a", [info("x", "unloaded")], None, stamp=stamp)
+    assert dict(node_of(fleet).claims) == {"x": 5}
+    fleet.record_model("a", info("x", "loading"))
+    assert dict(node_of(fleet).claims) == {}
+    fleet.record_claim("a", "x", 5)
+    fleet.record_reading("a", [info("x", "loading")], None, stamp=fleet.begin_reading())
+    assert dict(node_of(fleet).claims) == {}
+
+
+def test_events_change_parts_of_what_is_known(fleet: Fleet) -> None:
+    reported = health(ModelLoad(id="x", in_flight=1), ModelLoad(id="y", in_flight=2))
+    fleet.record_reading("a", [info("x"), info("y")], reported, stamp=0)
+    fleet.record_loads("a", [ModelLoad(id="y", in_flight=5)])
+    assert dict(node_of(fleet).foreign) == {"x": 1, "y": 5}
+    fleet.record_model("a", info("y", "unloaded"))
+    assert list(node_of(fleet).loads) == ["x"]
+    fleet.record_model_gone("a", "x")
+    assert (list(node_of(fleet).models), dict(node_of(fleet).loads)) == (["y"], {})
+
+
+def test_what_is_told_of_a_node_that_was_removed_is_dropped(fleet: Fleet) -> None:
+    fleet.record_reading("a", [info("x")], None, stamp=0)
+    lease = fleet.lease("a", "x")
+    fleet.set_nodes([("b", "http://b:1")])
+    fleet.record_reading("a", [info("x")], None, stamp=0)
+    fleet.record_failure("a", "gone")
+    fleet.record_model("a", info("x"))
+    fleet.record_status("a", "x", "loaded")
+    lease.failed()
+    lease.release()
+    assert [node.name for node in fleet.snapshot().nodes] == ["b"]
+    assert dict(fleet.snapshot().leases) == {}
+
+
+def test_a_node_with_another_endpoint_is_another_node(fleet: Fleet) -> None:
+    fleet.record_reading("a", [info("x")], None, stamp=0)
+    fleet.record_reading("b", [info("x")], None, stamp=0)
+    fleet.set_nodes([("a", "http://a:2"), ("b", "http://b:1/")])
+    assert [node.healthy for node in fleet.snapshot().nodes] == [False, True]

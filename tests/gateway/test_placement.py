@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import msgspec
+
 from cortex.core.catalogue import Catalogue, CatalogueModel
 from cortex.core.config import Eviction
-from cortex.core.neuron_api import DeviceHealth, HostMemory, LoadRequest, NeuronHealth
+from cortex.core.neuron_api import DeviceHealth, HostMemory, LoadProgress, LoadRequest, NeuronHealth
 from cortex.gateway.costs import Demand, Knowledge
 from cortex.gateway.fleet import NodeView
 from cortex.gateway.placement import Placement, load_request, plan_placement
@@ -165,3 +167,18 @@ def test_the_nodes_own_figures_of_need_and_room_are_exact():
     host = HostMemory(free_bytes=5 * GIB, total_bytes=16 * GIB)
     cpu = replace(view("b", devices={}), health=NeuronHealth(uptime_secs=1, host=host))
     assert placed(cpu).free_bytes == 5 * GIB
+
+
+def test_a_load_under_way_needs_no_room_and_lasts_as_long_as_it_says():
+    loading = model("m", "loading", gib=8)
+    loading = msgspec.structs.replace(
+        loading, progress=LoadProgress(phase="weights", seconds_left=7)
+    )
+    found = placed(view("a", loading, model("old", gib=15), devices={0: (24, 1)}))
+    assert (found.status, found.victims, found.doubt) == ("loading", (), None)
+    assert found.cost.load_s == 7
+
+
+def test_what_other_loads_were_promised_is_not_free():
+    node = replace(view("a", devices={0: (24, 20)}), claims={"other": 15 * GIB})
+    assert placed(node).doubt == "needs 8.0 GiB, 5.0 free and not enough can leave"
