@@ -1,6 +1,7 @@
-"""A closed fleet: hashed keys with limits in front, a fleet secret between the processes."""
+"""A closed fleet: hashed keys with limits in front, a secret and certificates behind."""
 
 import contextlib
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ import msgspec
 import openai
 import pytest
 
+from cortex.core.trust import Trust, client_context
+from tests.support.certificates import Authority
 from tests.support.processes import cortex_process, free_port, run_cortex
 
 SECRET = "correct-horse-battery-staple"
@@ -30,19 +33,24 @@ class Closed:
     neuron_pid: int
     keys: dict[str, str]
     folder: Path
+    tls: ssl.SSLContext
 
 
 @pytest.fixture(scope="module")
 def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Closed]:
     tmp: Path = tmp_path_factory.mktemp("closed")
     neuron_port, port, metrics_port = (free_port() for _ in range(3))
-    url, neuron_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{neuron_port}"
+    url, neuron_url = f"http://127.0.0.1:{port}", f"https://127.0.0.1:{neuron_port}"
+    authority = Authority(tmp, "fleet")
+    authority.issue("neuron")
+    cert, cert_key = authority.issue("gateway")
     (tmp / "neuron.toml").write_text(
-        f'host = "127.0.0.1"\nport = {neuron_port}\n[[default_models]]\nmodel_id = "{MODEL}"\n'
+        f'host = "127.0.0.1"\nport = {neuron_port}\n{certificates("neuron")}'
+        f'[[default_models]]\nmodel_id = "{MODEL}"\n'
         "[harness.torch]\ndemo_models = false\n"
     )
     text = (
-        'fleet_secret_file = "secret"\n[gateway]\n'
+        f'fleet_secret_file = "secret"\n{certificates("gateway")}[gateway]\n'
         f'listen = "127.0.0.1:{port}"\nmetrics_listen = "127.0.0.1:{metrics_port}"\npoll_s = 0.2\n'
         f'[[neurons]]\nname = "only"\nendpoint = "{neuron_url}"\n'
         "[entitlements]\nrequire_auth = true\n"
@@ -60,11 +68,21 @@ def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Closed]:
             config = str(tmp / "neuron.toml")
             neuron = stack.enter_context(cortex_process(tmp, neuron_url, "neuron", "-c", config))
         stack.enter_context(cortex_process(tmp, url, "serve", "-c", str(tmp / "cortex.toml")))
-        yield Closed(url, neuron_url, neuron.pid, keys, tmp)
+        tls = client_context(Trust(tls_cert=cert, tls_key=cert_key, tls_ca=authority.ca), "test")
+        assert tls is not None
+        yield Closed(url, neuron_url, neuron.pid, keys, tmp, tls)
 
 
-async def status_of(url: str, **headers: str) -> int:
-    async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as reply:
+def certificates(name: str) -> str:
+    own = f'tls_cert = "fleet-{name}.pem"\ntls_key = "fleet-{name}.key"\n'
+    return f'{own}tls_ca = "fleet-ca.pem"\n'
+
+
+async def status_of(closed: Closed, url: str, **headers: str) -> int:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(url, headers=headers, ssl=closed.tls) as reply,
+    ):
         return reply.status
 
 
@@ -90,12 +108,15 @@ async def test_without_the_key_or_the_secret_nothing_but_health_answers(closed: 
         (closed.neuron_url, "/metrics"),
         (closed.neuron_url, "/nope"),
     ):
-        assert await status_of(url + path) == 401
+        assert await status_of(closed, url + path) == 401
         # A caller's key is nothing to a neuron, and the secret nothing to a gateway.
         wrong = SECRET if url == closed.url else closed.keys["ample"]
-        assert await status_of(url + path, authorization=f"Bearer {wrong}") == 401
-    assert await status_of(closed.url + "/health") == 200
-    assert await status_of(closed.neuron_url + "/health") == 200
+        assert await status_of(closed, url + path, authorization=f"Bearer {wrong}") == 401
+    assert await status_of(closed, closed.url + "/health") == 200
+    assert await status_of(closed, closed.neuron_url + "/health") == 200
+    async with aiohttp.ClientSession() as session:
+        with pytest.raises(aiohttp.ClientError):
+            await session.get(closed.neuron_url + "/health")
 
 
 async def test_a_spent_key_hears_so_from_both_sdks(closed: Closed) -> None:

@@ -137,7 +137,7 @@ def cortex_process(tmp: Path, url: str, *arguments: str) -> Iterator[subprocess.
 
 def answers(url: str) -> bool:
     """Whether anything listens at a URL."""
-    host, _, port = url.removeprefix("http://").partition("/")[0].partition(":")
+    host, _, port = url.partition("://")[2].partition("/")[0].partition(":")
     with socket.socket() as probe:
         return probe.connect_ex((host, int(port))) == 0
 
