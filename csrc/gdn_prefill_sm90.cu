@@ -6,144 +6,54 @@
 #include <atomic>
 
 #include "gdn_prefill.cuh"
+#include "gdn_ring_sm90.cuh"
 #include "gdn_scan.cuh"
 #include "launchers.h"
 #include "sm90.cuh"
 
 namespace gdn {
-// Not anonymous: the passes for other architectures refer to little of it, and would say so.
 namespace sm90 {
 
-constexpr int kGroupThreads = 128;
-constexpr int kGroupWarps = kGroupThreads / 32;
-constexpr int kGroupRows = kGroupWarps * kWarpRows;  // rows of values of a warpgroup
-constexpr int kMaxGroups = 2;
-constexpr int kMaxThreads = (1 + kMaxGroups) * kGroupThreads;
-constexpr int kStages = 3;
-// Of a thread; a block of kMaxThreads has 65536 together.
-constexpr int kFetchRegisters = 40, kScanRegisters = 232;
-static_assert(kGroupThreads * (kFetchRegisters + kMaxGroups * kScanRegisters) <= 65536);
-
-// A token's values lie 16 bytes further apart than they are long: ldmatrix then has no bank conflicts.
-constexpr int kTokenBytes = 2 * kGroupRows + 16;
-constexpr int kGroupValueBytes = kChunk * kTokenBytes;
-constexpr int kPatternBytes = 1024;  // of the swizzle; stages begin at multiples of it
-
-// Shared memory: stages of a ring that hold one chunk's operands each, every warp's outputs on their
-// way to memory, and two barriers a stage.
-template <int D>
-struct ScanRing {
-    static constexpr int kKeyBytes = kChunk * D * 2;
-    static constexpr int kQueries = kKeyBytes, kInverses = 2 * kKeyBytes;
-    static constexpr int kScores = kInverses + kTileBytes, kGates = kScores + kTileBytes;
-    static constexpr int kBulkBytes = kGates + kGateBytes, kValues = kBulkBytes;
-    static_assert(kValues % kPatternBytes == 0 && kGroupValueBytes % kPatternBytes == 0);
-
-    unsigned char *stages, *outputs;
-    Mbarrier *full, *empty;  // [kStages]: filled by the fetching warpgroup; read by all the others
-    int stage_bytes;
-
-    __device__ ScanRing(unsigned char* shared, int groups) {
-        stages = shared + (-shared_offset(shared) & (kPatternBytes - 1));
-        stage_bytes = kValues + groups * kGroupValueBytes;
-        outputs = stages + kStages * stage_bytes;
-        full = reinterpret_cast<Mbarrier*>(outputs + groups * kGroupWarps * kValueBytes);
-        empty = full + kStages;
-    }
-    static size_t bytes(int groups) {
-        return kPatternBytes + kStages * (kValues + groups * kGroupValueBytes) +
-               groups * kGroupWarps * kValueBytes + 2 * kStages * sizeof(Mbarrier);
-    }
-};
-
-// The stage of the ring that is next, and the parity of the phase that its barriers are in.
-struct ScanTurn {
-    int stage = 0, parity = 0;
-
-    __device__ __forceinline__ void advance() {
-        if (++stage == kStages) stage = 0, parity ^= 1;
-    }
-};
-
-// The fetching warpgroup: of each chunk keys, queries, T, P and gates in bulk, whose images in the
-// workspace are those of shared memory, and the values by cp.async, since tokens lie apart.
-template <class T, int D>
-__device__ __forceinline__ void fetch_chunks(const GdnRule& p, const PrefillWorkspace& w,
-                                             const ScanUnit& unit, const ScanRing<D>& ring,
-                                             int begin, int end) {
-    using Ring = ScanRing<D>;
-    const int4* chunks = reinterpret_cast<const int4*>(p.chunks);
-    const int token_units = unit.warps * kRowBytes / 16;
-    const int at = threadIdx.x % token_units, first = threadIdx.x / token_units;
-    const int step = kGroupThreads / token_units;
-    const T* head_values =
-        static_cast<const T*>(p.v) + int64_t{unit.head} * p.v_dim + unit.first_row + at * 8;
-    const int value_place =
-        Ring::kValues + at / 8 * kGroupValueBytes + first * kTokenBytes + at % 8 * 16;
-    ScanTurn turn;
-    int4 described = chunks[begin];
-#pragma unroll 1
-    for (int chunk = begin; chunk < end; ++chunk) {
-        unsigned char* stage = ring.stages + turn.stage * ring.stage_bytes;
-        Mbarrier* full = ring.full + turn.stage;
-        const int4 next = chunks[min(chunk + 1, end - 1)];
-        mbarrier_wait(ring.empty + turn.stage, turn.parity ^ 1);
-        if (threadIdx.x == 0) {
-            mbarrier_arrive_expect(full, Ring::kBulkBytes);
-            const int64_t key_tile = key_tile_offset(p, chunk, unit.k_head);
-            const int64_t value_tile = value_tile_offset(p, chunk, unit.head);
-            bulk_copy(stage, w.keys + key_tile, Ring::kKeyBytes, full);
-            bulk_copy(stage + Ring::kInverses, w.inverses + value_tile, kTileBytes, full);
-            bulk_copy(stage + Ring::kGates, w.gates + gate_offset(p, chunk, unit.head), kGateBytes,
-                      full);
-            bulk_copy(stage + Ring::kQueries, w.queries + key_tile, Ring::kKeyBytes, full);
-            bulk_copy(stage + Ring::kScores, w.scores + value_tile, kTileBytes, full);
-        }
-        unsigned char* to = stage + value_place;
-        const T* from = head_values + (described.x + first) * p.v_stride;
-#pragma unroll 1
-        for (int token = first; token < kChunk; token += step) {
-            const bool valid = token < described.y;
-            cp_async_16(to, valid ? from : static_cast<const T*>(p.v), valid);
-            to += step * kTokenBytes, from += step * p.v_stride;
-        }
-        mbarrier_arrive_after_copies(full);
-        described = next;
-        turn.advance();
-    }
-    // No thread ends with copies of its own under way.
-    cp_async_commit();
-    cp_async_wait<0>();
-}
-
-// x = or += left operand (64 rows of 16 kSteps) times the transpose of a tile of 64 rows.
-template <bool kAdds, int kSteps>
+// x = left operand (64 rows of 16 kSteps) times the transpose of a tile of 64 rows.
+template <int kSteps>
 __device__ __forceinline__ void multiply_tile(float (&x)[8][4],
                                               const uint32_t (&operand)[kSteps][4],
                                               const unsigned char* tile) {
     const uint64_t start = matrix_descriptor<PanelRows::kColumns>(tile);
-    wgmma_m64n64k16<PanelRows::kColumns, kAdds>(x, operand[0], start);
+    wgmma<64, PanelRows::kColumns, false>(x, operand[0], start);
 #pragma unroll
     for (int step = 1; step < kSteps; ++step) {
         const int bytes = step / 4 * kPanelBytes + step % 4 * 32;
-        wgmma_m64n64k16<PanelRows::kColumns, true>(x, operand[step],
-                                                   descriptor_after(start, bytes));
+        wgmma<64, PanelRows::kColumns, true>(x, operand[step], descriptor_after(start, bytes));
     }
 }
 
-// state += left operand (64 rows of 64 tokens) times keys.
-template <int D>
+// x = or += left operand (64 rows of 64 tokens) times half of the transpose of a lower triangular tile:
+// to its first or last 32 tokens. `x` are the half's registers.
+template <bool kAdds, int kHalf>
+__device__ __forceinline__ void multiply_lower(float (*x)[4], const uint32_t (&operand)[4][4],
+                                               const unsigned char* tile) {
+    const uint64_t start = matrix_descriptor<PanelRows::kColumns>(tile + kHalf * 32 * 128);
+    wgmma<32, PanelRows::kColumns, kAdds>(x, operand[0], start);
+#pragma unroll
+    for (int step = 1; step < 2 + 2 * kHalf; ++step) {
+        wgmma<32, PanelRows::kColumns, true>(x, operand[step], descriptor_after(start, step * 32));
+    }
+}
+
+// state += left operand (64 rows of 32 tokens, the first or the last ones) times keys.
+template <int D, int kHalf>
 __device__ __forceinline__ void multiply_keys(float (&state)[D / 8][4],
                                               const uint32_t (&operand)[4][4],
                                               const unsigned char* keys) {
     const uint64_t start = matrix_descriptor<PanelRows::kRows>(keys);
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
+    for (int step = 2 * kHalf; step < 2 * kHalf + 2; ++step) {
 #pragma unroll
         for (int panel = 0; panel < D / 64; ++panel) {
             const int bytes = panel * kPanelBytes + step * 16 * 128;
-            wgmma_m64n64k16<PanelRows::kRows, true>(&state[8 * panel], operand[step],
-                                                    descriptor_after(start, bytes));
+            wgmma<64, PanelRows::kRows, true>(&state[8 * panel], operand[step],
+                                              descriptor_after(start, bytes));
         }
     }
 }
@@ -179,21 +89,40 @@ __device__ __forceinline__ void scale_rows(float (&to)[8][4], const float (&x)[8
     }
 }
 
-// Multiplies each token's column by a gate.
-__device__ __forceinline__ void scale_tokens(float (&x)[8][4], const unsigned char* gates,
-                                             PrefillGate gate) {
+// Decays what each token reads of the state before the chunk.
+__device__ __forceinline__ void decay_reads(float (&x)[8][4], const unsigned char* gates) {
     const int pair = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-        const float2 factor = gates_at(gates, gate, 8 * n + pair);
-        x[n][0] *= factor.x, x[n][1] *= factor.y;
-        x[n][2] *= factor.x, x[n][3] *= factor.y;
+        const float2 decay = gates_at(gates, kFromStart, 8 * n + pair);
+        x[n][0] *= decay.x, x[n][1] *= decay.y;
+        x[n][2] *= decay.x, x[n][3] *= decay.y;
     }
 }
 
 __device__ __forceinline__ void pack_tokens(uint32_t (&to)[4][4], const float (&x)[8][4]) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) pack_block(to[step], x[2 * step], x[2 * step + 1]);
+}
+
+// V' of half of a chunk's tokens as left operands: as it is, and times exp(G_C - G).
+template <int kHalf>
+__device__ __forceinline__ void take_deltas(uint32_t (&fresh)[4][4], uint32_t (&ends)[4][4],
+                                            const float (&x)[8][4], const unsigned char* gates) {
+    const int pair = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int step = 2 * kHalf; step < 2 * kHalf + 2; ++step) {
+        float scaled[2][4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float* from = x[2 * step + i];
+            const float2 to_end = gates_at(gates, kToEnd, 8 * (2 * step + i) + pair);
+            scaled[i][0] = from[0] * to_end.x, scaled[i][1] = from[1] * to_end.y;
+            scaled[i][2] = from[2] * to_end.x, scaled[i][3] = from[3] * to_end.y;
+        }
+        pack_block(fresh[step], x[2 * step], x[2 * step + 1]);
+        pack_block(ends[step], scaled[0], scaled[1]);
+    }
 }
 
 // Of a 16 x 16 block of values, 16 tokens by 2 units of 16 bytes, the row that a lane names to
@@ -271,7 +200,9 @@ __device__ __forceinline__ void load_values(uint32_t (&values)[4][4], SharedAddr
 //
 // The chain from state to state is S K^T, R T^T and V'^T K; what reads out is asked for where the
 // tensor cores would else wait for it: S Q^T while R is made of S K^T, V' P^T while the new state is
-// packed, and a chunk's outputs leave during the next one's S K^T.
+// packed, and a chunk's outputs leave during the next one's S K^T. T and P are lower triangular: the
+// first 32 tokens need half of their products only, and are multiplied by their keys while the others'
+// are under way.
 template <class T, int D>
 __device__ __forceinline__ void scan_chunks(const GdnRule& p, const PrefillWorkspace& w,
                                             const ScanUnit& unit, const ScanRing<D>& ring,
@@ -302,10 +233,10 @@ __device__ __forceinline__ void scan_chunks(const GdnRule& p, const PrefillWorks
         const unsigned char* gates = stage + Ring::kGates;
         const int4 described = chunks[chunk];
         float x[8][4], read[8][4];
-        uint32_t fresh[4][4], right[4][4];
+        uint32_t right[4][4], fresh[4][4], ends[4][4];
         mbarrier_wait(ring.full + turn.stage, turn.parity);
         wgmma_fence();
-        multiply_tile<false>(x, rows.operand, stage);
+        multiply_tile(x, rows.operand, stage);
         wgmma_commit();
 
         if (chunk > begin) {
@@ -314,7 +245,7 @@ __device__ __forceinline__ void scan_chunks(const GdnRule& p, const PrefillWorks
         uint32_t values[4][4];
         load_values(values, shared_address(stage) + value_place);
         wgmma_fence();
-        multiply_tile<false>(read, rows.operand, stage + Ring::kQueries);
+        multiply_tile(read, rows.operand, stage + Ring::kQueries);
         wgmma_commit();
 
         wgmma_wait<1>();
@@ -325,29 +256,37 @@ __device__ __forceinline__ void scan_chunks(const GdnRule& p, const PrefillWorks
         rows.fit_deltas(x, [&](float2 by) { is_rescaled = true, factors = by; });
         pack_tokens(right, x);
         wgmma_fence();
-        multiply_tile<false>(x, right, stage + Ring::kInverses);
+        multiply_lower<false, 0>(&x[0], right, stage + Ring::kInverses);
+        wgmma_commit();
+        wgmma_fence();
+        multiply_lower<false, 1>(&x[4], right, stage + Ring::kInverses);
         wgmma_commit();
 
         decay_state(rows, gates_at(gates, kFromStart, kChunk - 2).y);
-        wgmma_wait<0>();
-        wgmma_settle(x), wgmma_settle(read), wgmma_settle(right), wgmma_settle(rows.operand);
-        pack_tokens(fresh, x);
-        scale_tokens(x, gates, kToEnd);
-        pack_tokens(right, x);
+        wgmma_wait<1>();
+        wgmma_settle<4>(&x[0]), wgmma_settle(read), wgmma_settle(rows.operand);
+        take_deltas<0>(fresh, ends, x, gates);
         wgmma_fence();
-        multiply_keys<D>(rows.state, right, stage);
+        multiply_keys<D, 0>(rows.state, ends, stage);
+        wgmma_commit();
+        wgmma_wait<1>();
+        wgmma_settle<4>(&x[4]), wgmma_settle(right);
+        take_deltas<1>(fresh, ends, x, gates);
+        wgmma_fence();
+        multiply_keys<D, 1>(rows.state, ends, stage);
         wgmma_commit();
 
-        scale_tokens(read, gates, kFromStart);
+        decay_reads(read, gates);
         if (is_rescaled) scale_rows(read, read, factors);
         const float2 out_scale =
             make_float2(power_of_two(-rows.exponents[0]), power_of_two(-rows.exponents[1]));
         wgmma_fence();
-        multiply_tile<true>(read, fresh, stage + Ring::kScores);
+        multiply_lower<true, 0>(&read[0], fresh, stage + Ring::kScores);
+        multiply_lower<true, 1>(&read[4], fresh, stage + Ring::kScores);
         wgmma_commit();
 
         wgmma_wait<1>();
-        wgmma_settle(rows.state), wgmma_settle(right);
+        wgmma_settle(rows.state), wgmma_settle(ends);
         if (described.w >= 0) {
             store_rows(rows, p.snapshots,
                        (int64_t{described.w} * p.num_v_heads + unit.head) * head_size,

@@ -126,11 +126,15 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 // After the wait: nothing that uses these registers moves up across it.
 template <int N>
-__device__ __forceinline__ void wgmma_settle(float (&d)[N][4]) {
+__device__ __forceinline__ void wgmma_settle(float (*d)[4]) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
         asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
     }
+}
+template <int N>
+__device__ __forceinline__ void wgmma_settle(float (&d)[N][4]) {
+    wgmma_settle<N>(&d[0]);
 }
 template <int N>
 __device__ __forceinline__ void wgmma_settle(uint32_t (&a)[N][4]) {
@@ -140,48 +144,63 @@ __device__ __forceinline__ void wgmma_settle(uint32_t (&a)[N][4]) {
     }
 }
 
-// The accumulator's registers in the product's text.
-#define GDN_WGMMA_ROWS                                                        \
+// An accumulator's registers, by rows of d, in a product's text and among its operands.
+#define GDN_WGMMA_ROWS_4 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
+#define GDN_WGMMA_ROWS_8                                                      \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "  \
     "%30, %31}"
-#define GDN_WGMMA_REGISTERS(constraint, d)                                                  \
-    constraint(d[0][0]), constraint(d[0][1]), constraint(d[0][2]), constraint(d[0][3]),     \
-        constraint(d[1][0]), constraint(d[1][1]), constraint(d[1][2]), constraint(d[1][3]), \
-        constraint(d[2][0]), constraint(d[2][1]), constraint(d[2][2]), constraint(d[2][3]), \
-        constraint(d[3][0]), constraint(d[3][1]), constraint(d[3][2]), constraint(d[3][3]), \
-        constraint(d[4][0]), constraint(d[4][1]), constraint(d[4][2]), constraint(d[4][3]), \
-        constraint(d[5][0]), constraint(d[5][1]), constraint(d[5][2]), constraint(d[5][3]), \
-        constraint(d[6][0]), constraint(d[6][1]), constraint(d[6][2]), constraint(d[6][3]), \
-        constraint(d[7][0]), constraint(d[7][1]), constraint(d[7][2]), constraint(d[7][3])
+#define GDN_WGMMA_ROW(constraint, row) \
+    constraint(row[0]), constraint(row[1]), constraint(row[2]), constraint(row[3])
+#define GDN_WGMMA_REGISTERS_4(constraint, d)                          \
+    GDN_WGMMA_ROW(constraint, d[0]), GDN_WGMMA_ROW(constraint, d[1]), \
+        GDN_WGMMA_ROW(constraint, d[2]), GDN_WGMMA_ROW(constraint, d[3])
+#define GDN_WGMMA_REGISTERS_8(constraint, d)                               \
+    GDN_WGMMA_REGISTERS_4(constraint, d), GDN_WGMMA_ROW(constraint, d[4]), \
+        GDN_WGMMA_ROW(constraint, d[5]), GDN_WGMMA_ROW(constraint, d[6]),  \
+        GDN_WGMMA_ROW(constraint, d[7])
+// A product as text: its shape, d, and what follows it; whether it adds to d, "1" or "0"; then the
+// outputs. What follows d is a, b, whether to add, both operands times 1, and 1 for an MN-major b.
+#define GDN_WGMMA(shape, d_text, rest, adds, ...)                                             \
+    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds                               \
+                 ", 0;\nwgmma.mma_async.sync.aligned." shape ".f32.f16.f16 " d_text ", " rest \
+                 ";\n}\n"                                                                     \
+                 : __VA_ARGS__                                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kIsMnMajor))
+#define GDN_WGMMA_REST_4 "{%16, %17, %18, %19}, %20, adds, 1, 1, %21"
+#define GDN_WGMMA_REST_8 "{%32, %33, %34, %35}, %36, adds, 1, 1, %37"
 
-// d (64 x 64) = a b, or += a b, of f16, asynchronously: a 16 x 64 right operand in shared memory, and
-// the left one in registers as mma_m16n8k16 has it. Of d and a, warp w of the warpgroup holds rows 16 w
-// to 16 w + 15: row lane / 4 of them in d[n][0] and d[n][1], 8 rows further in d[n][2] and d[n][3],
-// columns 8 n + lane % 4 * 2 and the next one.
-template <PanelRows kPanelRows, bool kAdds>
-__device__ __forceinline__ void wgmma_m64n64k16(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
-    // What follows b: whether to add to d; both operands times 1; 1 for an MN-major right operand.
+// d (64 x N) = a b, or += a b, of f16, asynchronously: a 16 x N right operand in shared memory, N being
+// 64 or 32, and the left one in registers as mma_m16n8k16 has it. Of d and a, warp w of the warpgroup
+// holds rows 16 w to 16 w + 15: row lane / 4 of them in d[n][0] and d[n][1], 8 rows further in d[n][2]
+// and d[n][3], columns 8 n + lane % 4 * 2 and the next one.
+template <int N, PanelRows kPanelRows, bool kAdds>
+__device__ __forceinline__ void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
+    static_assert(N == 64 || N == 32);
     constexpr int kIsMnMajor = kPanelRows == PanelRows::kRows;
-    if constexpr (kAdds) {
-        asm volatile(
-            "{\n.reg .pred adds;\nsetp.ne.b32 adds, 1, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " GDN_WGMMA_ROWS
-            ", {%32, %33, %34, %35}, %36, adds, 1, 1, %37;\n}\n"
-            : GDN_WGMMA_REGISTERS("+f", d)
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kIsMnMajor));
+    if constexpr (N == 64 && kAdds) {
+        GDN_WGMMA("m64n64k16", GDN_WGMMA_ROWS_8, GDN_WGMMA_REST_8, "1",
+                  GDN_WGMMA_REGISTERS_8("+f", d));
+    } else if constexpr (N == 64) {
+        GDN_WGMMA("m64n64k16", GDN_WGMMA_ROWS_8, GDN_WGMMA_REST_8, "0",
+                  GDN_WGMMA_REGISTERS_8("=f", d));
+    } else if constexpr (kAdds) {
+        GDN_WGMMA("m64n32k16", GDN_WGMMA_ROWS_4, GDN_WGMMA_REST_4, "1",
+                  GDN_WGMMA_REGISTERS_4("+f", d));
     } else {
-        asm volatile(
-            "{\n.reg .pred adds;\nsetp.ne.b32 adds, 0, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " GDN_WGMMA_ROWS
-            ", {%32, %33, %34, %35}, %36, adds, 1, 1, %37;\n}\n"
-            : GDN_WGMMA_REGISTERS("=f", d)
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kIsMnMajor));
+        GDN_WGMMA("m64n32k16", GDN_WGMMA_ROWS_4, GDN_WGMMA_REST_4, "0",
+                  GDN_WGMMA_REGISTERS_4("=f", d));
     }
 }
 
-#undef GDN_WGMMA_ROWS
-#undef GDN_WGMMA_REGISTERS
+#undef GDN_WGMMA_ROWS_4
+#undef GDN_WGMMA_ROWS_8
+#undef GDN_WGMMA_ROW
+#undef GDN_WGMMA_REGISTERS_4
+#undef GDN_WGMMA_REGISTERS_8
+#undef GDN_WGMMA
+#undef GDN_WGMMA_REST_4
+#undef GDN_WGMMA_REST_8
 
 }  // namespace gdn
 
@@ -189,7 +208,7 @@ __device__ __forceinline__ void wgmma_m64n64k16(float (*d)[4], const uint32_t (&
 
 namespace gdn {
 
-// Names a product's right operand: 16 x 64 f16 of a panel whose rows are 128 bytes with the 128-byte
+// Names a product's right operand: 16 x N f16 of a panel whose rows are 128 bytes with the 128-byte
 // swizzle, 8 rows being one pattern. The start is a pattern's first row (K-major: plus 32 bytes for
 // each 16 elements to skip). The fields, lengths in units of 16 bytes:
 //   bits 0-13   start address

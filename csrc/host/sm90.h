@@ -61,7 +61,10 @@ struct Product {
     float (*d)[4];
     const uint32_t* a;
     uint64_t b;
+    int columns;
     bool is_mn_major, adds;
+
+    int registers() const { return columns / 2; }  // of d
 };
 
 struct ProductQueue {
@@ -141,14 +144,16 @@ template <class ProductOf, class SumOf>
 void multiply_warpgroup(const ProductOf& product_of, const SumOf& sum_of) {
     static float a[64][16], b[16][64], d[64][64];
     const Product& product = product_of(0);
+    const int columns = product.columns, registers = product.registers();
     for (int k = 0; k < 16; ++k) {
-        for (int n = 0; n < 64; ++n) b[k][n] = right_element(product.b, product.is_mn_major, k, n);
+        for (int n = 0; n < columns; ++n)
+            b[k][n] = right_element(product.b, product.is_mn_major, k, n);
     }
     const auto row_of = [](int thread) { return thread / 32 * 16 + thread % 32 / 4; };
     for (int thread = 0; thread < kWarpgroupSize; ++thread) {
         const Product& own = product_of(thread);
-        if (own.b != product.b || own.is_mn_major != product.is_mn_major ||
-            own.adds != product.adds) {
+        if (own.b != product.b || own.columns != columns ||
+            own.is_mn_major != product.is_mn_major || own.adds != product.adds) {
             stop("threads of a warpgroup ask for different products");
         }
         const int row = row_of(thread), pair = thread % 4 * 2;
@@ -158,18 +163,18 @@ void multiply_warpgroup(const ProductOf& product_of, const SumOf& sum_of) {
             a[row + i % 2 * 8][pair + i / 2 * 8 + 1] = x.y;
         }
         const float* sum = sum_of(thread);
-        for (int i = 0; i < 32; ++i) {
+        for (int i = 0; i < registers; ++i) {
             d[row + i % 4 / 2 * 8][i / 4 * 8 + pair + i % 2] = product.adds ? sum[i] : 0.0f;
         }
     }
     for (int m = 0; m < 64; ++m) {
         for (int k = 0; k < 16; ++k) {
-            for (int n = 0; n < 64; ++n) d[m][n] += a[m][k] * b[k][n];
+            for (int n = 0; n < columns; ++n) d[m][n] += a[m][k] * b[k][n];
         }
     }
     for (int thread = 0; thread < kWarpgroupSize; ++thread) {
         float* sum = sum_of(thread);
-        for (int i = 0; i < 32; ++i) {
+        for (int i = 0; i < registers; ++i) {
             sum[i] = d[row_of(thread) + i % 4 / 2 * 8][i / 4 * 8 + thread % 4 * 2 + i % 2];
         }
     }
@@ -207,7 +212,7 @@ inline void complete_products(ProductQueue* queues, size_t kept) {
             if (is_under_way) {
                 ++sum;
             } else {
-                std::memcpy(sum->first, sum->second.data(), 32 * sizeof(float));
+                std::copy(sum->second.begin(), sum->second.end(), sum->first[0]);
                 sum = queue.sums.erase(sum);
             }
         }
@@ -337,13 +342,15 @@ inline void wgmma_wait() {
 }
 template <class Registers>
 inline void wgmma_settle(Registers&) {}
+template <int N>
+inline void wgmma_settle(float (*)[4]) {}
 
-template <PanelRows kPanelRows, bool kAdds>
-inline void wgmma_m64n64k16(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
+template <int N, PanelRows kPanelRows, bool kAdds>
+inline void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
     host::Hopper& hopper = host::Hopper::of_this_block();
     host::ProductQueue& queue = hopper.own();
     if (!queue.is_fenced) host::stop("a group of products without a fence before it");
-    const host::Product product{d, a, b, kPanelRows == PanelRows::kRows, kAdds};
+    const host::Product product{d, a, b, N, kPanelRows == PanelRows::kRows, kAdds};
     if (host::machine.is_eager()) {
         queue.groups.back().push_back(product);
         hopper.meet_warpgroup(
@@ -359,8 +366,8 @@ inline void wgmma_m64n64k16(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
         return;
     }
     queue.groups.back().push_back(product);
-    if (queue.sums.count(d) == 0) queue.sums[d].assign(d[0], d[0] + 32);
-    std::fill(d[0], d[0] + 32, std::nanf(""));
+    if (queue.sums.count(d) == 0) queue.sums[d].assign(d[0], d[0] + product.registers());
+    std::fill(d[0], d[0] + product.registers(), std::nanf(""));
 }
 
 }  // namespace gdn
