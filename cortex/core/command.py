@@ -32,6 +32,8 @@ class CommandModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         health_path: answers 200 once it can serve; None tries /health, then /v1/models.
         devices: the GPUs it runs on; empty for none, None for the `num_devices` freest.
         context: tokens of the longest sequence.
+        continuous_usage: whether its streams are asked for usage with every chunk, as vLLM and
+            SGLang can tell it, so that the prompt's count is known at once.
         max_in_flight: requests it works on at once.
         hang_s: how long it may give no sign of life before it is ended and started again.
         stop_timeout_s: how long it may take to end after SIGTERM.
@@ -50,6 +52,7 @@ class CommandModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     capabilities: list[str] = msgspec.field(default_factory=lambda: ["text"])
     tool_call: bool | None = None
     reasoning: bool | None = None
+    continuous_usage: bool = False
     max_in_flight: _Count | None = None
     start_timeout_s: _Positive = 1800.0
     stop_timeout_s: Annotated[float, Meta(gt=0, le=300)] = 15.0

@@ -43,6 +43,8 @@ from cortex.neuron.views import Views
 MAX_CONTROL_BODY_BYTES = 1 << 20
 # A client or proxy that hears nothing for long gives up; prefill can take long.
 KEEPALIVE_S = 1.0
+# What an external engine is told of a request besides its body, for its own log.
+FORWARDED = ("x-request-id",)
 # A listing waits this long for a fresh look at the directories, then shows the last one.
 LISTING_WAIT_S = 0.2
 # The hub sends a sign of life every second; this one is for when it cannot.
@@ -212,9 +214,12 @@ class Handlers:
     async def _relayed(self, request: Request, body: bytes, head: Head) -> Response | EventStream:
         """Answer by an external engine, which is the judge of all that is not in the head."""
         serving = self._lifecycle.serving(head.model)
+        headers = {name: request.headers[name] for name in FORWARDED if name in request.headers}
         if head.stream:
-            return _event_stream(self._relay.stream(body, head, serving))
-        completion = await cancel_on_disconnect(request, self._relay.complete(body, head, serving))
+            return _event_stream(self._relay.stream(body, head, serving, headers))
+        completion = await cancel_on_disconnect(
+            request, self._relay.complete(body, head, serving, headers)
+        )
         return Response(completion, media_type="application/json")
 
     async def tokenize(self, request: Request) -> Response:

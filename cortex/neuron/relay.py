@@ -1,7 +1,7 @@
 """One request for an external engine: admission, the request handed on, the answer handed back."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import msgspec
@@ -48,9 +48,12 @@ class Relay:
         self._clock = clock
 
     async def stream(
-        self, body: bytes, head: Head, serving: Serving
+        self, body: bytes, head: Head, serving: Serving, headers: Mapping[str, str]
     ) -> AsyncGenerator[bytes, None]:
         """Yield the events of a streamed reply.
+
+        Args:
+            headers: those that the engine is to see.
 
         Raises:
             CortexError: before the first event or after it; then without `[DONE]`.
@@ -64,7 +67,13 @@ class Relay:
             ):
                 stream = _Stream(engine, rewriter, self._limits, self._clock)
                 try:
-                    await stream.open(upstream_request(body, head, engine.upstream_model))
+                    request = upstream_request(
+                        body,
+                        head,
+                        engine.upstream_model,
+                        continuous=engine.spec.continuous_usage,
+                    )
+                    await stream.open(request, headers)
                     while (piece := await stream.next_piece()) is not None:
                         if rewriter.has_content:
                             watch.token()
@@ -75,7 +84,9 @@ class Relay:
             yield rewriter.end()
             self._done(engine, watch, rewriter.usage)
 
-    async def complete(self, body: bytes, head: Head, serving: Serving) -> bytes:
+    async def complete(
+        self, body: bytes, head: Head, serving: Serving, headers: Mapping[str, str]
+    ) -> bytes:
         """Return a whole reply as JSON; raises CortexError.
 
         A long answer takes its time: nothing bounds it but the life of the engine.
@@ -87,7 +98,7 @@ class Relay:
                 _open_request(serving) as engine,
             ):
                 request = upstream_request(body, head, engine.upstream_model)
-                whole = await _whole(engine, CHAT_PATH, request)
+                whole = await _whole(engine, CHAT_PATH, request, headers)
             completion, usage = answer(whole, serving.model_id)
             self._done(engine, watch, usage)
             return completion
@@ -155,11 +166,11 @@ class _Stream:
         self._has_begun = False
         self._reply: Reply | None = None
 
-    async def open(self, request: bytes) -> None:
+    async def open(self, request: bytes, headers: Mapping[str, str]) -> None:
         """Send the request and wait for the head of the answer."""
         try:
             async with asyncio.timeout(self._limits.first_token_s):
-                self._reply = await _posted(self._engine, CHAT_PATH, request)
+                self._reply = await _posted(self._engine, CHAT_PATH, request, headers)
         except TimeoutError as exc:
             raise self._silent() from exc
         if self._reply.content_type != EVENT_STREAM:
@@ -262,14 +273,16 @@ def _open_request(serving: Serving) -> Iterator[CommandEngine]:
         engine.note_open(-1)
 
 
-async def _posted(engine: CommandEngine, path: str, request: bytes) -> Reply:
+async def _posted(
+    engine: CommandEngine, path: str, request: bytes, headers: Mapping[str, str] | None = None
+) -> Reply:
     """Return an answer whose status is well.
 
     Raises:
         CortexError: the engine refused, or cannot be reached.
     """
     try:
-        reply = await engine.post(path, request)
+        reply = await engine.post(path, request, headers)
     except (UpstreamConnectionError, EngineDiedError) as exc:
         if engine.farewell is not None:
             raise engine.farewell from exc
@@ -286,8 +299,10 @@ async def _posted(engine: CommandEngine, path: str, request: bytes) -> Reply:
     raise error
 
 
-async def _whole(engine: CommandEngine, path: str, request: bytes) -> bytes:
-    reply = await _posted(engine, path, request)
+async def _whole(
+    engine: CommandEngine, path: str, request: bytes, headers: Mapping[str, str] | None = None
+) -> bytes:
+    reply = await _posted(engine, path, request, headers)
     try:
         return await reply.read_all()
     except EngineDiedError as exc:

@@ -118,6 +118,23 @@ async def test_a_caller_that_asks_for_usage_gets_it_in_a_chunk_of_its_own(tmp_pa
         }
 
 
+async def test_an_engine_that_can_is_asked_for_the_prompts_count_with_the_first_chunk(tmp_path):
+    async with served(tmp_path, continuous_usage=True) as api:
+        await loaded(api)
+        answer = await api.post(CHAT, chat("org/m", "one two", stream=True))
+        assert [each.completion_tokens for each in comments_of(answer)] == [1, 2]
+        assert answer.body.index(b": usage") < answer.body.index(b"one ")
+        assert all("usage" not in each for each in answer.events[:-1])
+
+
+async def test_the_id_of_a_request_reaches_the_engine(tmp_path):
+    async with served(tmp_path) as api:
+        await loaded(api)
+        headers = {"x-request-id": "abc", "authorization": "Bearer secret"}
+        await api.call("POST", CHAT, chat("org/m"), headers=headers)
+        assert requests(tmp_path / "fake")[0]["headers"] == {"x-request-id": "abc"}
+
+
 async def test_an_engine_that_ends_a_finished_stream_without_done_is_helped_out(tmp_path):
     write_script(tmp_path / "fake", done=False)
     async with served(tmp_path) as api:

@@ -78,7 +78,7 @@ def starts(directory: Path) -> list[int]:
 
 
 def requests(directory: Path) -> list[Any]:
-    """Return the bodies of all chats."""
+    """Return the bodies of all chats, each with some of its headers under `headers`."""
     path = directory / "requests"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -125,7 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(404, {"detail": "Not Found"})
             return
         with (self.directory / "requests").open("a") as file:
-            file.write(json.dumps(body) + "\n")
+            told = {name: self.headers[name] for name in ("x-request-id",) if name in self.headers}
+            file.write(json.dumps({**body, "headers": told}) + "\n")
         if script.name is not None and body["model"] != script.name:
             self.answer(404, {"error": {"message": f"no model {body['model']}", "code": 404}})
         elif script.status != 200:
@@ -161,7 +162,9 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(script.mute_s)
             for word in words:
                 self.act(script, word)
-                self.chunk(body, {"content": word + " "})
+                options = body.get("stream_options") or {}
+                running = {"usage": usage(words[:1])} if "continuous_usage_stats" in options else {}
+                self.chunk(body, {"content": word + " "}, **running)
                 if script.break_off:
                     return
             last = {"usage": usage(words)} if script.usage_in == "last" else {}

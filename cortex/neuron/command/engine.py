@@ -232,7 +232,7 @@ class CommandEngine:
             await self._process.kill()
             await self.ended.wait()
 
-    async def post(self, path: str, body: bytes) -> Reply:
+    async def post(self, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> Reply:
         """Hand a request on; the answer's head has come.
 
         Raises:
@@ -244,7 +244,7 @@ class CommandEngine:
             raise self._farewell or ServiceUnavailableError(
                 f"the engine of model '{self.model_id}' is being stopped"
             )
-        return await self._upstream.post(path, body)
+        return await self._upstream.post(path, body, headers)
 
     @property
     def farewell(self) -> CortexError | None:

@@ -61,8 +61,11 @@ def parse_head(body: bytes) -> Head:
     return decode_body(_head, body)
 
 
-def upstream_request(body: bytes, head: Head, name: str) -> bytes:
+def upstream_request(body: bytes, head: Head, name: str, *, continuous: bool = False) -> bytes:
     """Return a request with the engine's name of the model; a stream asks for usage.
+
+    Args:
+        continuous: ask for it with every chunk.
 
     A field that is null says nothing, and strict engines refuse fields that they do not know.
     """
@@ -70,7 +73,10 @@ def upstream_request(body: bytes, head: Head, name: str) -> bytes:
     said = {name: value for name, value in given.items() if bytes(value) != _NULL}
     fields: dict[str, object] = {**said, "model": name}
     if head.stream:
-        fields["stream_options"] = {**(head.stream_options or {}), "include_usage": True}
+        options = {**(head.stream_options or {}), "include_usage": True}
+        fields["stream_options"] = options | (
+            {"continuous_usage_stats": True} if continuous else {}
+        )
     return _encoder.encode(fields)
 
 
@@ -105,6 +111,7 @@ class StreamRewriter:
         self._include_usage = include_usage
         self._splitter = SseSplitter()
         self._raw_usage: msgspec.Raw | None = None
+        self._has_told = False
         self._head: _Fields = {}
         self._is_finished = False
         self._is_done = False
@@ -162,7 +169,12 @@ class StreamRewriter:
             return b""
         self.has_content = self.has_content or _CONTENT.search(choices) is not None
         self._is_finished = self._is_finished or _FINISHED.search(choices) is not None
-        return sse_event(_encoder.encode(fields))
+        chunk = sse_event(_encoder.encode(fields))
+        if self.usage is None or self._has_told or self._is_finished:
+            return chunk
+        # As of our own engine, so that the gateway knows the prompt's count from the first chunk.
+        self._has_told = True
+        return usage_comment(self.usage) + chunk
 
     def _error(self, data: bytes) -> CortexError:
         # Within a stream nobody says whose fault it is; most often it is the engine's.

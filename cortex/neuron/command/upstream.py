@@ -7,6 +7,7 @@ engine's own refusals keep their status, as far as it is the caller who can do s
 import asyncio
 import io
 import re
+from collections.abc import Mapping
 
 import aiohttp
 import msgspec
@@ -125,24 +126,33 @@ class Upstream:
         except (TimeoutError, CortexError):
             return 0, b""
 
-    async def post(self, path: str, body: bytes) -> Reply:
+    async def post(self, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> Reply:
         """Return the answer once its head is there, whatever its status.
 
         Raises:
             UpstreamConnectionError: no connection came about.
             EngineDiedError: it broke before the answer began.
         """
-        return await self._request(
-            "POST", path, body if len(body) <= MAX_BODY_AT_ONCE_BYTES else io.BytesIO(body)
-        )
+        data = body if len(body) <= MAX_BODY_AT_ONCE_BYTES else io.BytesIO(body)
+        return await self._request("POST", path, data, headers)
 
     async def close(self) -> None:
         """Close every connection."""
         await self._session.close()
 
-    async def _request(self, method: str, path: str, data: bytes | io.BytesIO | None) -> Reply:
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        data: bytes | io.BytesIO | None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
+        if self._session.closed:
+            raise UpstreamConnectionError(f"the engine of model '{self._model_id}' has ended")
         try:
-            response = await self._session.request(method, self._base_url + path, data=data)
+            response = await self._session.request(
+                method, self._base_url + path, data=data, headers=headers, allow_redirects=False
+            )
         except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as exc:
             raise UpstreamConnectionError(
                 f"the engine of model '{self._model_id}' cannot be reached: {exc}"

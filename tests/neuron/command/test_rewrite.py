@@ -125,6 +125,13 @@ def test_running_usage_counts_as_it_was_told_last():
     assert rewriter.usage.completion_tokens == 2
 
 
+def test_usage_that_comes_with_the_first_chunk_is_told_once_before_it():
+    first = b',"usage":{"prompt_tokens":7,"completion_tokens":1}'
+    _, out = rewritten(chunk(b'{"content":"a"}', tail=first), chunk(b'{"content":"b"}', tail=first))
+    assert out.startswith(b': usage {"prompt_tokens":7,"completion_tokens":1')
+    assert out.count(b": usage") == 1
+
+
 def test_an_engine_that_tells_no_usage_ends_without_any():
     rewriter, _ = rewritten(chunk(b"{}", '"stop"'), include_usage=True)
     assert rewriter.end() == b"data: [DONE]\n\n"
