@@ -7,7 +7,7 @@ import pytest
 
 from cortex.core.errors import ConfigError, LimitsUnavailableError
 from cortex.gateway.counters import Counters
-from tests.support.redis import RedisServer, needs_redis, redis_server
+from tests.support.redis import RedisServer, redis_server
 
 
 class Clock:
@@ -38,7 +38,6 @@ async def test_counters_in_memory_count() -> None:
     await counters.close()
 
 
-@needs_redis
 @pytest.mark.parametrize("scheme", ["redis", "valkey"])
 async def test_counters_on_a_server_are_common_to_all_who_use_it(
     server: RedisServer, scheme: str
@@ -51,7 +50,6 @@ async def test_counters_on_a_server_are_common_to_all_who_use_it(
     await theirs.close()
 
 
-@needs_redis
 async def test_what_hardly_changes_is_asked_for_once_a_second(server: RedisServer) -> None:
     clock = Clock()
     counters = Counters(server.url, clock=clock, on_fault=lambda: None)
@@ -65,7 +63,6 @@ async def test_what_hardly_changes_is_asked_for_once_a_second(server: RedisServe
     await counters.close()
 
 
-@needs_redis
 async def test_a_server_that_goes_away_is_left_alone_for_a_moment_and_told_of_once(
     server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,7 +16,7 @@ from cortex.gateway.auth import Caller, Gatekeeper
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.limiter import Limiter, Reservation
 from cortex.gateway.metrics import Metrics
-from tests.support.redis import needs_redis, redis_server
+from tests.support.redis import redis_server
 
 MIDNIGHT_S = 1_728_000_000.0
 BODY = b'{"max_tokens": 30}'  # 4 tokens of prompt and 30 of answer, by estimate
@@ -175,7 +175,6 @@ def test_whatever_requests_do_the_counters_hold_what_is_spent_and_what_is_open(
     asyncio.run(walk())
 
 
-@needs_redis
 async def test_what_could_not_be_settled_is_settled_when_the_server_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

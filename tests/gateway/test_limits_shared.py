@@ -10,9 +10,7 @@ from cortex.core.entitlements import ApiKey, Entitlements, LimitsConfig
 from tests.support.budgets import COST, Wall, chat, one_key, until_used
 from tests.support.gateway import run_gateway
 from tests.support.mock_neuron import MockModel, MockNeuron
-from tests.support.redis import RedisServer, needs_redis, redis_server
-
-pytestmark = needs_redis
+from tests.support.redis import RedisServer, redis_server
 
 
 @pytest.fixture

@@ -1,22 +1,18 @@
-"""A Redis server of the test's own, where one is installed."""
+"""A Redis server of the test's own: the real one where it is installed, else a stand-in."""
 
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from tests.support.processes import answers, free_port
 
-START_S = 10
+ROOT = Path(__file__).parents[2]
+START_S = 20
 PROGRAM = shutil.which("redis-server") or shutil.which("valkey-server")
-
-needs_redis = pytest.mark.skipif(
-    PROGRAM is None, reason="neither redis-server nor valkey-server is installed"
-)
 
 
 class RedisServer:
@@ -32,11 +28,11 @@ class RedisServer:
         return f"redis://127.0.0.1:{self._port}/0"
 
     def start(self) -> None:
-        assert PROGRAM is not None
-        arguments = ["--port", str(self._port), "--bind", "127.0.0.1", "--save", ""]
-        self._process = subprocess.Popen(
-            [PROGRAM, *arguments, "--dir", str(self._folder)], stdout=subprocess.DEVNULL
-        )
+        command = [sys.executable, "-m", "tests.support.fake_redis", str(self._port)]
+        if PROGRAM is not None:
+            address = ["--port", str(self._port), "--bind", "127.0.0.1"]
+            command = [PROGRAM, *address, "--save", "", "--dir", str(self._folder)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
         deadline = time.monotonic() + START_S
         while not answers(f"http://127.0.0.1:{self._port}"):
             assert self._process.poll() is None
