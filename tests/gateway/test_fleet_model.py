@@ -31,6 +31,7 @@ CATALOGUE = Catalogue(
         CatalogueModel(id="pin", pinned_on=["a"]),
         CatalogueModel(id="mid", residency_priority=1000),
         CatalogueModel(id="big", residency_priority=1000),
+        CatalogueModel(id="small", ttl_s=10),
     ]
 )
 # Longer than every hold, breaker, cool-down and wait for room.
@@ -180,6 +181,18 @@ class FleetMachine(RuleBasedStateMachine):
     def mend_loads(self, name: str) -> None:
         self.hosts[name].node.faults.clear()
 
+    @rule(name=nodes, model=models)
+    def crash(self, name: str, model: str) -> None:
+        self._do(self._crash(self.hosts[name].node, model))
+
+    async def _crash(self, node: Node, model: str) -> None:
+        node.apply(FaultCommand(kind="crash_engine", model_id=model))
+        await asyncio.sleep(0.01)
+
+    @rule(gateway=gateways, name=nodes, drained=st.booleans())
+    def operator_drains(self, gateway: int, name: str, drained: bool) -> None:
+        self.apps[gateway].fleet.record_drained(name, drained)
+
     @rule(name=nodes)
     def drain(self, name: str) -> None:
         self.hosts[name].node.status = "draining"
@@ -189,6 +202,14 @@ class FleetMachine(RuleBasedStateMachine):
     def undrain(self, name: str) -> None:
         self.hosts[name].node.status = "ok"
         self._do(self.hosts[name].node.changed())
+
+    @rule(name=nodes, tries=st.integers(1, 4))
+    def flap(self, name: str, tries: int) -> None:
+        for _ in range(tries):
+            self.hosts[name].gate.clear()
+            self._do(asyncio.sleep(4))
+            self.hosts[name].gate.set()
+            self._do(asyncio.sleep(1))
 
     @invariant()
     def nothing_went_wrong(self) -> None:
@@ -215,6 +236,9 @@ class FleetMachine(RuleBasedStateMachine):
             host.node.faults.clear()
             host.node.status = "ok"
             await host.node.changed()
+        for apps in self.apps:
+            for name in NODES:
+                apps.fleet.record_drained(name, False)
         async with asyncio.timeout(LIMIT_S):
             for _, task in self.calls:
                 await task

@@ -171,3 +171,18 @@ def test_unloading_waits_for_the_requests_in_hand() -> None:
         assert node.free_bytes == 64 * GIB
 
     virtual_time.run(main())
+
+
+def test_a_model_that_nobody_uses_is_unloaded_after_its_time() -> None:
+    async def main() -> None:
+        node = Node(slow("m", 2))
+        await node.load(wish("m", ttl_s=10))
+        await asyncio.sleep(6)
+        node.begin(node.models["m"])
+        await asyncio.sleep(20)
+        assert node.models["m"].status == "loaded"
+        node.models["m"].in_flight -= 1
+        await asyncio.sleep(2)
+        assert node.models["m"].status == "unloaded"
+
+    virtual_time.run(main())

@@ -24,6 +24,7 @@ from tests.support.mock_neuron import answers
 from tests.support.mock_neuron.events import EventFeed
 from tests.support.mock_neuron.node import Node
 from tests.support.mock_neuron.node import RefusedError as NodeRefusal
+from tests.support.mock_neuron.script import MockModel
 
 CONNECT_S = 3.0
 
@@ -203,34 +204,41 @@ class MemoryHost:
                     wish = msgspec.json.decode(body, type=LoadRequest)
                     return 200, json, _once(await self.node.load(wish))
                 case "/v1/chat/completions":
-                    return self._chat(msgspec.json.decode(body))
+                    return await self._chat(msgspec.json.decode(body))
         except NodeRefusal as exc:
             error = {"message": exc.message, "type": "api_error", "code": exc.code, **exc.extras}
             return exc.status, json, _once({"error": error})
         raise AssertionError(f"{path} is not asked for by a gateway")
 
-    def _chat(self, asked: dict[str, Any]) -> tuple[int, str, Body]:
+    async def _chat(self, asked: dict[str, Any]) -> tuple[int, str, Body]:
         """Answer after as many tenths of a second as the request has `max_tokens`."""
         model = self.node.models.get(asked["model"])
         if model is None or model.status != "loaded":
             raise NodeRefusal(404, "model_not_found")
-        kind = "text/event-stream" if asked.get("stream") else "application/json"
-        return 200, kind, self._answer_after(asked)
+        if asked.get("stream"):
+            return 200, "text/event-stream", self._stream(model, asked["max_tokens"] / 10)
+        if not await self._work(model, asked["max_tokens"] / 10):
+            raise NodeRefusal(502, "engine_died", "the engine ended unexpectedly")
+        counts = answers.usage(10, 1, 0)
+        return 200, "application/json", _once(answers.completion(model.id, "done", counts))
 
-    async def _answer_after(self, asked: dict[str, Any]) -> Body:
-        model = self.node.models[asked["model"]]
+    async def _stream(self, model: MockModel, seconds: float) -> Body:
+        yield answers.chunk(model.id, {"role": "assistant", "content": ""})
+        if await self._work(model, seconds):
+            yield answers.chunk(model.id, {"content": "done"}, "stop") + SSE_DONE
+        else:
+            yield answers.error_event("engine_died", "the engine ended unexpectedly")
+
+    async def _work(self, model: MockModel, seconds: float) -> bool:
+        """Be in flight for a while; return whether the engine lived through it."""
+        crashes = model.crashes
         self.node.begin(model)
         try:
-            if asked.get("stream"):
-                yield answers.chunk(model.id, {"role": "assistant", "content": ""})
-            await asyncio.sleep(asked["max_tokens"] / 10)
-            if asked.get("stream"):
-                yield answers.chunk(model.id, {"content": "done"}, "stop") + SSE_DONE
-            else:
-                counts = answers.usage(10, 1, 0)
-                yield msgspec.json.encode(answers.completion(model.id, "done", counts))
+            await asyncio.sleep(seconds)
         finally:
             model.in_flight -= 1
+        await self.node.changed()
+        return model.crashes == crashes
 
 
 async def _once(value: object) -> Body:

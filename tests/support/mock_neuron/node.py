@@ -23,6 +23,7 @@ from tests.support.mock_neuron.script import GIB, MockModel, Seen
 # A load reports its progress this often, and a failed one is not begun again this soon.
 PROGRESS_S = 1.0
 COOL_DOWN_S = 5.0
+EXPIRE_CHECK_S = 0.5
 MAX_SEEN = 1000
 
 
@@ -109,6 +110,7 @@ class Node:
         """Count a request in hand."""
         self._tick += 1
         model.used_tick = self._tick
+        model.used_s = self.time.now_s()
         model.in_flight += 1
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -346,6 +348,8 @@ class Node:
             model.loaded_s = self.time.now_s()
             self.set_status(model.id, "loaded")
             self._start_engine(model)
+            if model.wish.ttl_s is not None:
+                self.spawn(self._expire(model, model.wish.ttl_s))
             job.load_s = max(0.1, self.time.now_s() - begun_s)
         except RefusedError as exc:
             job.error = exc
@@ -413,6 +417,18 @@ class Node:
         model.loaded_s = self.time.now_s()
         await self.changed()
 
+    async def _expire(self, model: MockModel, ttl_s: float) -> None:
+        """Unload a model once nobody has used it for its time."""
+        begun_s = model.loaded_s
+        assert begun_s is not None
+        while model.loaded_s == begun_s and model.holds_memory:
+            used_s = max(begun_s, model.used_s)
+            left_s = used_s + ttl_s - self.time.now_s()
+            if left_s <= 0 and model.status == "loaded" and model.requests == 0:
+                await self.unload(model.id)
+                return
+            await self.time.sleep(max(left_s, EXPIRE_CHECK_S))
+
     # Engines and what goes wrong.
 
     def _start_engine(self, model: MockModel) -> None:
@@ -437,8 +453,9 @@ class Node:
                     assert model.running is not None
                     model.running.slow = command.factor
             case "crash_engine":
-                for model in concerned:
-                    self.spawn(self._restart(model, 0.0))
+                for model in self.models.values():
+                    if command.model_id in (None, model.id):
+                        self.spawn(self._restart(model, 0.0))
             case "hang_engine":
                 for model in concerned:
                     assert model.running is not None
@@ -453,10 +470,12 @@ class Node:
     async def _restart(self, model: MockModel, after_s: float) -> None:
         """End an engine after a while and start another one, which begins with nothing cached."""
         await self.time.sleep(after_s)
-        if model.running is None:
+        if model.status != "loaded":
             return
-        model.running.die()
-        model.running = None
+        if model.running is not None:
+            model.running.die()
+            model.running = None
+        model.crashes += 1
         self.set_status(model.id, "recovering", "the engine ended unexpectedly")
         await self.changed()
         try:

@@ -39,6 +39,8 @@ class MockModel:
         load_refusal: (status, code) of every load.
         device: where it lies while it is in memory.
         loaded_s: when it was loaded; None where it was from the start.
+        used_s: when its last request came.
+        crashes: how often its engine died.
         wish: what its load asked for.
         cycles_at_start: the node's count of loads and unloads when its engine started.
     """
@@ -72,6 +74,8 @@ class MockModel:
     device: int = 0
     running: Engine | None = None
     loaded_s: float | None = None
+    used_s: float = 0.0
+    crashes: int = 0
     cycles_at_start: int = 0
     wish: LoadRequest = field(default_factory=lambda: LoadRequest(model_id=""))
 
