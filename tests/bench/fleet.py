@@ -10,157 +10,31 @@ nodes, and policies take turns within a round.
 
 import argparse
 import asyncio
-import random
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
 import msgspec
 
 from tests.support.mock_neuron.__main__ import ModelSpec, NodeSpec
-from tests.support.mock_neuron.engine import TOKEN_BYTES, EngineSpec
+from tests.support.mock_neuron.engine import EngineSpec
+from tests.support.plain_proxy import Policy, plain_proxy
+from tests.support.prefix_load import MODEL, Figures, Workload, drive
 from tests.support.processes import answers, free_port
 
 NUM_NODES = 8
 READY_S = 60
-MODEL = "m"
-FIRST_TOKEN = b'"content":" '
 
 DENSE = EngineSpec(
     prefill_tok_s=6000, step_s=0.015, step_per_seq_s=0.0005, num_blocks=700, max_tokens=16
 )
 HYBRID = msgspec.structs.replace(DENSE, snapshot_tokens=1024, max_snapshots=48)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Who asks what.
-
-    Attributes:
-        num_prompts: system prompts, of which the first are asked over most.
-        rate: requests a second, all together.
-    """
-
-    num_prompts: int = 24
-    prompt_tokens: int = 3000
-    question_tokens: int = 80
-    turns: int = 4
-    think_s: float = 1.0
-    rate: float = 14.0
-    seconds: float = 40.0
-    skew: float = 0.8
-    seed: int = 7
-
-
-@dataclass
-class Figures:
-    """What one policy achieved in one round."""
-
-    ttft_s: list[float] = field(default_factory=list)
-    failed: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    per_node: list[int] = field(default_factory=list)
-
-    @property
-    def cached(self) -> float:
-        """Share of the prompt tokens that were found in a cache."""
-        return self.cached_tokens / max(1, self.prompt_tokens)
-
-    def ttft(self, share: float) -> float:
-        """Percentile of the time to the first token."""
-        ordered = sorted(self.ttft_s)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-    @property
-    def imbalance(self) -> float:
-        """Requests at the busiest node over the mean."""
-        return max(self.per_node) / statistics.mean(self.per_node)
-
-
-def text(rng: random.Random, tokens: int) -> str:
-    """Return a text of so many tokens that no other has."""
-    return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=tokens * TOKEN_BYTES))
-
-
-async def converse(
-    session: aiohttp.ClientSession,
-    url: str,
-    work: Workload,
-    figures: Figures,
-    prompt: str,
-    rng: random.Random,
-) -> None:
-    """Hold one conversation."""
-    messages = [{"role": "system", "content": prompt}]
-    for _ in range(work.turns):
-        messages.append({"role": "user", "content": text(rng, work.question_tokens)})
-        answer = await ask(session, url, messages, figures)
-        if answer is None:
-            return
-        messages.append({"role": "assistant", "content": answer})
-        await asyncio.sleep(rng.expovariate(1 / work.think_s))
-
-
-async def ask(
-    session: aiohttp.ClientSession,
-    url: str,
-    messages: list[dict[str, str]],
-    figures: Figures,
-) -> str | None:
-    """Ask and note the time to the first token; return the answer."""
-    body = {"model": MODEL, "messages": messages, "stream": True, "max_tokens": 16}
-    begun_s = time.perf_counter()
-    first_s = None
-    received = b""
-    try:
-        async with session.post(f"{url}/v1/chat/completions", json=body) as reply:
-            while chunk := await reply.content.readany():
-                received += chunk
-                if first_s is None and FIRST_TOKEN in received:
-                    first_s = time.perf_counter()
-    except aiohttp.ClientError:
-        first_s = None
-    if first_s is None or b"[DONE]" not in received:
-        figures.failed += 1
-        return None
-    figures.ttft_s.append(first_s - begun_s)
-    events = [line[6:] for line in received.split(b"\n") if line.startswith(b"data: {")]
-    deltas = [msgspec.json.decode(event)["choices"] for event in events]
-    return "".join(each[0]["delta"].get("content") or "" for each in deltas if each)
-
-
-async def drive(url: str, nodes: list[str], work: Workload) -> Figures:
-    """Run the workload against a router and collect the nodes' figures."""
-    figures = Figures()
-    rng = random.Random(work.seed)
-    prompts = [text(rng, work.prompt_tokens) for _ in range(work.num_prompts)]
-    weights = [1 / (at + 1) ** work.skew for at in range(work.num_prompts)]
-    connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        async with asyncio.TaskGroup() as tasks:
-            end_s = time.perf_counter() + work.seconds
-            while time.perf_counter() < end_s:
-                own = random.Random(rng.random())
-                (prompt,) = rng.choices(prompts, weights)
-                tasks.create_task(converse(session, url, work, figures, prompt, own))
-                await asyncio.sleep(rng.expovariate(work.rate / work.turns))
-        for node in nodes:
-            async with session.get(f"{node}/mock/stats") as reply:
-                stats = await reply.json()
-            figures.prompt_tokens += stats["prompt_tokens"]
-            figures.cached_tokens += stats["cached_tokens"]
-            figures.per_node.append(stats["requests"])
-    return figures
 
 
 @contextmanager
@@ -211,8 +85,16 @@ def router_command(
             *("--policy", "cache_aware", "--worker-urls", *nodes),
             *("--prometheus-port", str(free_port()), "--log-level", "error"),
         ]
-    plain = [sys.executable, "-m", "tests.bench.plain_proxy", "--policy", policy]
-    return [*plain, "--port", str(port), *nodes]
+    plain = [sys.executable, "-m", "tests.bench.fleet", "--serve", policy]
+    return [*plain, "--port", str(port), "--nodes", *nodes]
+
+
+async def serve_plain(policy: Policy, port: int, nodes: list[str]) -> None:
+    """Serve a plain policy until SIGTERM."""
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
+    async with plain_proxy(nodes, policy, port):
+        await ended.wait()
 
 
 async def ready(url: str) -> None:
@@ -250,7 +132,13 @@ def main() -> None:
     parser.add_argument("--smg", help="its command, from a virtual environment of its own")
     parser.add_argument("--engine", choices=["dense", "hybrid", "both"], default="both")
     parser.add_argument("--policies", nargs="+")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--nodes", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve:
+        asyncio.run(serve_plain(options.serve, options.port, options.nodes))
+        return
     policies = options.policies or [
         *("round_robin", "least_loaded", "cortex"),
         *(["smg"] if options.smg else []),

@@ -1,19 +1,23 @@
 """A reverse proxy with a policy of one line, to compare routing with: round robin, least loaded."""
 
-import argparse
-import asyncio
 import itertools
-import signal
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Literal
 
 import aiohttp
 from aiohttp import web
 
+Policy = Literal["round_robin", "least_loaded"]
 
-class Proxy:
+
+class PlainProxy:
     """Sends each request to the node that the policy names and relays the answer."""
 
-    def __init__(self, nodes: list[str], policy: str) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, nodes: Sequence[str], policy: Policy
+    ) -> None:
+        self._session = session
         self._in_flight = dict.fromkeys(nodes, 0)
         turn = itertools.cycle(nodes)
         self._choose: Callable[[], str] = (
@@ -32,9 +36,8 @@ class Proxy:
         node = self._choose()
         self._in_flight[node] += 1
         try:
-            session: aiohttp.ClientSession = request.app["session"]
             body = await request.read()
-            async with session.post(node + request.path, data=body) as reply:
+            async with self._session.post(node + request.path, data=body) as reply:
                 response = web.StreamResponse(
                     status=reply.status, headers={"content-type": reply.content_type}
                 )
@@ -47,27 +50,18 @@ class Proxy:
             self._in_flight[node] -= 1
 
 
-async def run(port: int, nodes: list[str], policy: str) -> None:
-    """Serve until SIGTERM."""
-    ended = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
-    app = web.Application(client_max_size=1 << 27)
-    app.router.add_post("/{path:.*}", Proxy(nodes, policy).relay)
+@asynccontextmanager
+async def plain_proxy(nodes: Sequence[str], policy: Policy, port: int = 0) -> AsyncIterator[str]:
+    """Serve a proxy; yields its URL."""
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        app["session"] = session
+        app = web.Application(client_max_size=1 << 27)
+        app.router.add_post("/{path:.*}", PlainProxy(session, nodes, policy).relay)
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", port).start()
-        await ended.wait()
-        await runner.cleanup()
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="plain_proxy")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--policy", choices=["round_robin", "least_loaded"], required=True)
-    parser.add_argument("nodes", nargs="+")
-    options = parser.parse_args()
-    asyncio.run(run(options.port, options.nodes, options.policy))
+        try:
+            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        finally:
+            await runner.cleanup()
