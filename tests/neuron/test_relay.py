@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
-from cortex.core.config import Admission, CommandHarness, HarnessName
+from cortex.core.config import Admission, CommandHarness, DefaultModel, HarnessName
 from cortex.core.openai import read_usage_comment
 from cortex.neuron import residency
 from cortex.neuron.command import engine as engine_module
@@ -498,6 +498,37 @@ async def test_an_engine_without_tokenize_counts_by_one_token_of_an_answer(tmp_p
         assert requests(tmp_path / "fake")[0]["max_tokens"] == 1
         answer = await api.post("/v1/tokenize", {"model": "org/m", "prompt": "a b"})
         assert (answer.status, answer.error["param"]) == (400, "prompt")
+
+
+async def test_an_external_model_can_be_loaded_at_the_start(tmp_path):
+    command = CommandHarness(models={"org/m": spec(tmp_path / "fake", env=ENVIRONMENT)})
+    default = DefaultModel(model_id="org/m", harness="command")
+    async with neuron(tmp_path, command=command, default_models=[default]) as api:
+
+        async def is_loaded():
+            return await api.status_of("org/m") == "loaded"
+
+        await until(is_loaded)
+        assert (await api.get("/health")).json["activation"]["completed"] == ["org/m"]
+
+
+async def test_one_external_engine_makes_room_for_another(tmp_path):
+    models = {name: spec(tmp_path / name, env=ENVIRONMENT, vram_mb=3000) for name in ("old", "new")}
+    probe = FakeProbe()
+    probe.free_gib[0] = 4.0
+    async with neuron(tmp_path, command=CommandHarness(models=models), probe=probe) as api:
+        assert (await api.load("old")).status == 200
+        probe.free_gib[0] = 1.0
+        refused = await api.load("new")
+        assert (refused.status, refused.error["code"]) == (409, "insufficient_memory")
+        assert [each["id"] for each in refused.error["residents"]] == ["old"]
+        async with asyncio.TaskGroup() as tasks:
+            loading = tasks.create_task(api.load("new", evict=["old"]))
+            await eventually(lambda: not is_alive(starts(tmp_path / "old")[0]))
+            probe.free_gib[0] = 4.0
+        assert loading.result().json["evicted"] == ["old"]
+        assert await api.status_of("new") == "loaded"
+        assert await api.status_of("old") == "unloaded"
 
 
 async def test_a_neuron_that_ends_ends_its_engines(tmp_path):
