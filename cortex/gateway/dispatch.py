@@ -293,7 +293,7 @@ class Dispatcher:
         """
         model_id = journey.timing.model
         try:
-            self._queues.enter(model_id, self._fleet.snapshot(), self._live.settings.max_waiting)
+            self._queues.enter(model_id, self._fleet.snapshot, self._live.settings.max_waiting)
         except QueueFullError:
             self._metrics.record_turned_away(model_id)
             raise

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from typing import TypeVar
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -54,7 +55,7 @@ async def set_drained(
         for endpoint in endpoints:
             base = endpoint.rstrip("/")
             action = "drain" if drained else "undrain"
-            body = await _ask(session, "POST", f"{base}/nodes/{name}/{action}")
+            body = await _ask(session, "POST", f"{base}/nodes/{quote(name)}/{action}")
             report = _decoded(_node_decoder, body, base)
             doing = "drains" if report.draining else "takes work"
             say(f"{base}: node {name} {doing}, {_count(report)} requests in hand")

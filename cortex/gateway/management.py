@@ -23,8 +23,8 @@ class Management:
     def routes(self) -> list[Route]:
         """Return the routes of the API listener that change the gateway itself."""
         return [
-            Route("/nodes/{name}/drain", self._drain, methods=["POST"]),
-            Route("/nodes/{name}/undrain", self._undrain, methods=["POST"]),
+            Route("/nodes/{name:path}/drain", self._drain, methods=["POST"]),
+            Route("/nodes/{name:path}/undrain", self._undrain, methods=["POST"]),
         ]
 
     async def _drain(self, request: Request) -> Response:

@@ -1,5 +1,7 @@
 """How many callers may wait for a model: all who have a request open, beyond the model's seats."""
 
+from collections.abc import Callable
+
 from cortex.core.errors import QueueFullError
 from cortex.gateway.fleet import FleetSnapshot
 
@@ -40,8 +42,11 @@ class Queues:
     def __init__(self) -> None:
         self._open: dict[str, int] = {}
 
-    def enter(self, model_id: str, snapshot: FleetSnapshot, max_waiting: int) -> None:
+    def enter(self, model_id: str, look: Callable[[], FleetSnapshot], max_waiting: int) -> None:
         """Count a caller.
+
+        Args:
+            look: returns the fleet; called only where the bound may be reached.
 
         Raises:
             QueueFullError: `max_waiting` callers wait for the model already.
@@ -49,6 +54,7 @@ class Queues:
         held = self._open.get(model_id, 0)
         # No more can wait than are here, so that this is all there is to do when few are.
         if held >= max_waiting:
+            snapshot = look()
             places = seats(snapshot, model_id)
             if places is not None and held >= places + max_waiting:
                 raise _full(snapshot, model_id, places, max_waiting)

@@ -14,6 +14,8 @@ import pytest
 
 from tests.support.processes import cortex_process, free_port, run_cortex
 
+pytestmark = pytest.mark.slow
+
 NOTICED_S = 30
 SAY = {
     "messages": [{"role": "user", "content": "What is the capital of France?"}],

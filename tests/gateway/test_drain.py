@@ -115,6 +115,13 @@ async def test_the_command_waits_until_the_node_is_idle() -> None:
         assert said[-1] == f"{gateway.url}: node a takes work, 0 requests in hand"
 
 
+async def test_a_node_may_have_any_name() -> None:
+    said: list[str] = []
+    async with MockNeuron() as neuron, run_gateway({"rack 1/ä": neuron.endpoint}) as gateway:
+        await set_drained([gateway.url], None, "rack 1/ä", drained=True, say=said.append)
+        assert said == [f"{gateway.url}: node rack 1/ä drains, 0 requests in hand"]
+
+
 async def test_the_command_says_what_is_wrong_with_the_gateway() -> None:
     with pytest.raises(CortexError, match=r"http://127\.0\.0\.1:9/nodes/a/drain: "):
         await set_drained(["http://127.0.0.1:9"], None, "a", drained=True, say=print)

@@ -32,19 +32,19 @@ def test_seats_are_those_of_all_loaded_replicas_and_unknown_if_one_does_not_say(
 def test_callers_beyond_the_seats_wait_up_to_the_bound():
     queues = Queues()
     for _ in range(7):
-        queues.enter("m", holding(4), 3)
+        queues.enter("m", lambda: holding(4), 3)
     with pytest.raises(QueueFullError) as caught:
-        queues.enter("m", holding(4), 3)
+        queues.enter("m", lambda: holding(4), 3)
     assert caught.value.retry_after_s == 2
-    queues.enter("other", holding(4), 3)
+    queues.enter("other", lambda: holding(4), 3)
     queues.leave("m")
-    queues.enter("m", holding(4), 3)
+    queues.enter("m", lambda: holding(4), 3)
 
 
 def test_a_replica_that_does_not_say_how_much_it_takes_is_left_to_its_own_bound():
     queues = Queues()
     for _ in range(100):
-        queues.enter("m", holding(None), 1)
+        queues.enter("m", lambda: holding(None), 1)
 
 
 def test_who_finds_a_cold_models_queue_full_is_told_when_it_will_be_loaded():
@@ -53,9 +53,9 @@ def test_who_finds_a_cold_models_queue_full_is_told_when_it_will_be_loaded():
     loading = ModelInfo(id="m", harness="torch", status="loading", progress=progress)
     fleet.record_reading("a", [loading], None, stamp=0)
     queues = Queues()
-    queues.enter("m", fleet.snapshot(), 1)
+    queues.enter("m", fleet.snapshot, 1)
     with pytest.raises(QueueFullError, match="1 callers wait for model 'm' to be loaded") as caught:
-        queues.enter("m", fleet.snapshot(), 1)
+        queues.enter("m", fleet.snapshot, 1)
     assert caught.value.retry_after_s == 17
 
 
