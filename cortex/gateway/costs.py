@@ -17,6 +17,9 @@ ASSUMED_SEATS = 8
 # A full replica decodes each of its sequences slower; so much of a request's time is lost to
 # all the others together.
 SHARED_DECODE = 0.25
+# A prefill holds up those in hand, each by so much of it. Without this a fleet at its limit sends
+# prompts away from their prefixes to save a wait, and works all the more for it.
+HELD_UP = 0.25
 # A victim that was used just now is likely to be asked for again, one idle for this long half so.
 LIKELY_BACK_S = 600.0
 NEVER_USED_SHARE = 0.1
@@ -24,17 +27,23 @@ NEVER_USED_SHARE = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Seconds until the first token, and what others would pay."""
+    """Seconds until the first token, and what others would pay.
+
+    Attributes:
+        others_s: how much the prefill holds up the requests in hand, all together.
+        victims_s: what the return of those that have to leave would take.
+    """
 
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    others_s: float = 0.0
     load_s: float = 0.0
     victims_s: float = 0.0
 
     @property
     def total_s(self) -> float:
         """What candidates are ranked by."""
-        return self.queue_s + self.prefill_s + self.load_s + self.victims_s
+        return self.queue_s + self.prefill_s + self.others_s + self.load_s + self.victims_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +53,13 @@ class Demand:
     Attributes:
         prompt_tokens: how long its prompt is, about.
         cached: tokens of it that a replica is known to hold already.
+        last_used: when a replica last got a prompt, in no unit. Of equal ones the one unused for
+            longest is chosen, so that new prompts do not all crowd the caches of one.
     """
 
     prompt_tokens: int = ASSUMED_PROMPT_TOKENS
     cached: Mapping[Replica, int] = field(default_factory=dict)
+    last_used: Mapping[Replica, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +87,13 @@ def warm_cost(
     turns = max(0, requests + 1 - seats) / seats
     shared = SHARED_DECODE * requests / seats
     # A model whose engine is started again is loaded to its callers, who wait for it.
+    work_s = prefill_s(node, model_id, demand, known)
     is_recycling = node.models[model_id].progress is not None
     return Cost(
         queue_s=known.queued_s.get(replica, 0.0) + (turns + shared) * service_s,
         load_s=load_s(node, model_id, None, known) if is_recycling else 0.0,
-        prefill_s=prefill_s(node, model_id, demand, known),
+        prefill_s=work_s,
+        others_s=HELD_UP * requests * work_s,
     )
 
 

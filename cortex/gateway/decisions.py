@@ -31,6 +31,7 @@ class CostReport(msgspec.Struct, kw_only=True, frozen=True):
     total_s: float
     queue_s: float
     prefill_s: float
+    others_s: float
     load_s: float
     victims_s: float
 
@@ -285,6 +286,7 @@ def _cost(cost: Cost) -> CostReport:
         total_s=round(cost.total_s, 4),
         queue_s=round(cost.queue_s, 4),
         prefill_s=round(cost.prefill_s, 4),
+        others_s=round(cost.others_s, 4),
         load_s=round(cost.load_s, 4),
         victims_s=round(cost.victims_s, 4),
     )

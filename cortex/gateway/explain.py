@@ -123,13 +123,15 @@ def _step(step: StepReport) -> str:
 def _print_options(out: Console, options: Sequence[OptionReport]) -> None:
     if not options:
         return
-    columns = ("node", "model", "state", "cost s", "queue", "prefill", "load", "victims", "notes")
+    parts = ("queue", "prefill", "others", "load", "victims")
+    columns = ("node", "model", "state", "cost s", *parts, "notes")
     table = Table(box=None, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, no_wrap=number == 0, overflow="fold")
     for each in options:
         cost = each.cost
-        figures = (cost.total_s, cost.queue_s, cost.prefill_s, cost.load_s, cost.victims_s)
+        figures = [cost.total_s, cost.queue_s, cost.prefill_s]
+        figures += [cost.others_s, cost.load_s, cost.victims_s]
         cells = (
             each.node,
             each.model,

@@ -202,27 +202,44 @@ class Match:
         return tokens if self.trust >= MIN_TRUST and tokens >= MIN_CACHED_TOKENS else 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """When a replica last saw a prefix, and from when on it is computed there."""
+
+    stamp: int
+    ready_s: float
+
+
 class PrefixIndex:
     """Who saw which prefix, bounded; what was used longest ago is forgotten first."""
 
     def __init__(self, max_links: int = MAX_LINKS, max_sessions: int = MAX_SESSIONS) -> None:
         self._max_links = max_links
         self._max_sessions = max_sessions
-        # Who holds the prefix up to a link, and when each last saw it.
-        self._holders: OrderedDict[int, dict[Replica, int]] = OrderedDict()
+        # Who holds the prefix up to a link.
+        self._holders: OrderedDict[int, dict[Replica, _Held]] = OrderedDict()
         self._sessions: OrderedDict[str, tuple[Replica, int, int]] = OrderedDict()
         self._stamp = 0
         # What a replica saw before this stamp is gone from its cache.
         self._floor: dict[Replica, int] = {}
         self._trust: OrderedDict[Replica, float] = OrderedDict()
+        # When each replica last got a prompt, in stamps; the fleet's size bounds it.
+        self.last_used: dict[Replica, int] = {}
 
     def __len__(self) -> int:
         return len(self._holders)
 
     def match(
-        self, chain: Chain, replicas: Collection[Replica], ends_only: Collection[Replica] = ()
+        self,
+        chain: Chain,
+        replicas: Collection[Replica],
+        ends_only: Collection[Replica] = (),
+        *,
+        now_s: float,
     ) -> dict[Replica, Match]:
         """Return the longest known prefix at each replica that holds any.
+
+        One that is still being computed is none: who comes before its end computes it again.
 
         Args:
             ends_only: replicas that can continue only where a message ended.
@@ -234,12 +251,12 @@ class PrefixIndex:
             if holders is None:
                 continue
             for replica in wanted & holders.keys():
-                stamp = holders[replica]
-                if not link.is_end and replica in ends_only:
+                held = holders[replica]
+                if (not link.is_end and replica in ends_only) or held.ready_s > now_s:
                     continue
-                if stamp >= self._floor.get(replica, 0):
+                if held.stamp >= self._floor.get(replica, 0):
                     share = link.at / max(1, chain.num_bytes)
-                    found[replica] = Match(share, stamp, self._trust.get(replica, 1.0))
+                    found[replica] = Match(share, held.stamp, self._trust.get(replica, 1.0))
                     wanted.discard(replica)
             if not wanted:
                 break
@@ -256,11 +273,22 @@ class PrefixIndex:
         share = SESSION_SHARE * min(num_bytes, prompt_bytes) / max(1, prompt_bytes)
         return replica, Match(share, stamp, self._trust.get(replica, 1.0))
 
-    def add(self, replica: Replica, chain: Chain, session: str = "") -> int:
-        """Note that a replica gets this prompt; return the stamp of it."""
+    def add(
+        self, replica: Replica, chain: Chain, session: str = "", *, ready_s: float = 0.0
+    ) -> int:
+        """Note that a replica gets this prompt; return the stamp of it.
+
+        Args:
+            ready_s: when it is likely to have been computed.
+        """
         self._stamp += 1
+        self.last_used[replica] = self._stamp
+        floor = self._floor.get(replica, 0)
         for link in chain.links:
-            self._holders.setdefault(link.digest, {})[replica] = self._stamp
+            holders = self._holders.setdefault(link.digest, {})
+            held = holders.get(replica)
+            known_s = held.ready_s if held is not None and held.stamp >= floor else ready_s
+            holders[replica] = _Held(self._stamp, min(known_s, ready_s))
             self._holders.move_to_end(link.digest)
         while len(self._holders) > self._max_links:
             self._holders.popitem(last=False)
@@ -276,8 +304,17 @@ class PrefixIndex:
         """Undo an `add` whose request came to nothing before its prompt was worked on."""
         for link in chain.links:
             holders = self._holders.get(link.digest)
-            if holders is not None and holders.get(replica) == stamp:
+            held = holders.get(replica) if holders is not None else None
+            if holders is not None and held is not None and held.stamp == stamp:
                 del holders[replica]
+
+    def ready(self, replica: Replica, chain: Chain, now_s: float) -> None:
+        """Note that a prompt is computed, earlier than was expected."""
+        for link in chain.links:
+            holders = self._holders.get(link.digest)
+            held = holders.get(replica) if holders is not None else None
+            if holders is not None and held is not None and held.ready_s > now_s:
+                holders[replica] = _Held(held.stamp, now_s)
 
     def learn(self, replica: Replica, match: Match, prompt_tokens: int, cached_tokens: int) -> None:
         """Take in how much of a believed share was really cached.
@@ -300,3 +337,4 @@ class PrefixIndex:
         """Forget all of a replica: its caches ended with its engine."""
         self._floor[replica] = self._stamp + 1
         self._trust.pop(replica, None)
+        self.last_used.pop(replica, None)

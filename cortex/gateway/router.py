@@ -1,6 +1,7 @@
 """Where a request goes: a pure choice over a snapshot of the fleet and the catalogue.
 
-Every candidate has one cost in seconds (`costs`); the least wins, ties by name. A loaded replica
+Every candidate has one cost in seconds (`costs`); the least wins, of equals the one unused for
+longest, then by name. A loaded replica
 serves; where there is none, the model is placed (`placement`). What was considered and turned
 down goes along with the choice, so that it can be explained.
 """
@@ -237,7 +238,14 @@ class _Case:
             )
         if not options:
             return None
-        options.sort(key=lambda each: (each.cost.total_s, each.node))
+        last_used = self.demand.last_used
+        options.sort(
+            key=lambda each: (
+                round(each.cost.total_s, 4),
+                last_used.get((each.node, model_id), 0),
+                each.node,
+            )
+        )
         best = options[0]
         return Serve(
             node=best.node,

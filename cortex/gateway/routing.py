@@ -13,7 +13,7 @@ from cortex.gateway.costs import ASSUMED_PROMPT_TOKENS, Demand, Knowledge, Repli
 from cortex.gateway.fleet import Fleet, FleetSnapshot
 from cortex.gateway.live import Live
 from cortex.gateway.metrics import RequestTiming
-from cortex.gateway.prefixes import Chain, Match, PrefixIndex, chain_of
+from cortex.gateway.prefixes import MIN_EXPECTED_TOKENS, Chain, Match, PrefixIndex, chain_of
 from cortex.gateway.rates import RateBook
 from cortex.gateway.roster import nodes_serving, primary
 from cortex.gateway.router import Considered, Route, Serve, choose_route, further_placements
@@ -56,7 +56,9 @@ class Leg:
         chain = trip.chain
         self._stamp = -1
         if chain is not None:
-            self._stamp = routing.prefixes.add(replica, chain, trip.session)
+            self._stamp = routing.prefixes.add(
+                replica, chain, trip.session, ready_s=self._expected_s
+            )
         self._first_s: float | None = None
         self._is_open = True
 
@@ -64,7 +66,10 @@ class Leg:
         """Note that the prompt is through."""
         if self._first_s is None:
             self._first_s = self._routing.clock()
-            self._routing.backlog.shorten(self.replica, self._expected_s - self._first_s)
+            early_s = self._expected_s - self._first_s
+            self._routing.backlog.shorten(self.replica, early_s)
+            if early_s > 0 and self._trip.chain is not None:
+                self._routing.prefixes.ready(self.replica, self._trip.chain, self._first_s)
 
     def end(self, timing: RequestTiming | None) -> None:
         """Learn from how it went; None: it came to nothing here. Later calls do nothing."""
@@ -74,6 +79,8 @@ class Leg:
         routing, trip, replica = self._routing, self._trip, self.replica
         now_s = routing.clock()
         if self._first_s is None:
+            if timing is not None and timing.prompt_tokens and trip.chain is not None:
+                routing.prefixes.ready(replica, trip.chain, now_s)
             # Its prompt is no longer ahead of anybody, whether it was worked off or not.
             routing.backlog.shorten(replica, min(self._work_s, self._expected_s - now_s))
         if self._first_s is None and (timing is None or timing.failed or not timing.prompt_tokens):
@@ -191,7 +198,7 @@ class Routing:
                 for node in nodes
                 if node.models[model_id].prefix_match != "block"
             }
-            trip.matches = self.prefixes.match(trip.chain, replicas, ends_only)
+            trip.matches = self.prefixes.match(trip.chain, replicas, ends_only, now_s=self.clock())
             if trip.session:
                 known = self.prefixes.session(trip.session, trip.chain.num_bytes)
                 if known is not None and known[0] in replicas:
@@ -202,4 +209,10 @@ class Routing:
         per_token = self._bytes_per_token.get(model_id, BYTES_PER_TOKEN)
         prompt_tokens = int(len(trip.body) / per_token) or ASSUMED_PROMPT_TOKENS
         cached = {replica: match.tokens(prompt_tokens) for replica, match in trip.matches.items()}
-        return Demand(prompt_tokens=prompt_tokens, cached=cached)
+        # A short prompt crowds nobody's cache.
+        is_long = prompt_tokens >= MIN_EXPECTED_TOKENS and trip.chain is not None
+        return Demand(
+            prompt_tokens=prompt_tokens,
+            cached=cached,
+            last_used=self.prefixes.last_used if is_long else {},
+        )

@@ -11,7 +11,7 @@ FAST = {"m": ModelLoad(id="m", tok_s_prefill=1000.0, max_in_flight=4)}
 
 
 def test_the_cost_is_the_sum_of_its_parts():
-    assert Cost(queue_s=1, prefill_s=2, load_s=4, victims_s=8).total_s == 15
+    assert Cost(queue_s=1, prefill_s=2, load_s=4, victims_s=8, others_s=16).total_s == 31
 
 
 def test_only_what_no_cache_holds_is_prefilled():
@@ -57,3 +57,16 @@ def test_a_victim_that_was_never_used_costs_a_tenth_of_its_load():
     whole_s = 3 + GIB / 1e9
     assert return_s(node, "used", Knowledge()) == whole_s
     assert return_s(node, "never", Knowledge()) == pytest.approx(whole_s / 10)
+
+
+def test_a_prefill_holds_up_those_in_hand():
+    node = view("a", model("m"), loads=FAST)
+    snapshot = fleet_of(node, leases={("a", "m"): 2})
+    cost = warm_cost(snapshot, node, "m", Demand(prompt_tokens=4000), Knowledge())
+    assert (cost.prefill_s, cost.others_s) == (4.0, 2.0)
+
+
+def test_a_replica_that_is_being_recycled_costs_the_rest_of_its_start():
+    starting = LoadProgress(seconds_left=7.0)
+    node = view("a", model("m", progress=starting), loads=FAST)
+    assert warm_cost(fleet_of(node), node, "m", Demand(), Knowledge()).load_s == 7.0

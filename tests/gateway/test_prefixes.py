@@ -14,6 +14,7 @@ from cortex.gateway.prefixes import (
 )
 
 A, B = ("a", "m"), ("b", "m")
+NOW = 100.0
 SYSTEM = {"role": "system", "content": "You are terse."}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 
@@ -105,18 +106,18 @@ def test_the_longest_prefix_at_each_replica_is_found() -> None:
     )
     index.add(A, short)
     index.add(B, long)
-    found = index.match(long, [A, B])
+    found = index.match(long, [A, B], now_s=NOW)
     assert found[B].share == 1.0
     assert found[A].share == pytest.approx(short.num_bytes / long.num_bytes)
-    assert index.match(chain_of(body(user("else"))), [A, B]) == {}
+    assert index.match(chain_of(body(user("else"))), [A, B], now_s=NOW) == {}
 
 
 def test_a_model_with_a_state_hits_at_the_end_of_a_message_only() -> None:
     index = PrefixIndex()
     index.add(A, chain_of(body(SYSTEM, user("x" * 5000))))
     asked = chain_of(body(SYSTEM, user("x" * 5000 + "y")))
-    assert index.match(asked, [A])[A].share == pytest.approx(4096 / asked.num_bytes)
-    only_ends = index.match(asked, [A], ends_only=[A])[A]
+    assert index.match(asked, [A], now_s=NOW)[A].share == pytest.approx(4096 / asked.num_bytes)
+    only_ends = index.match(asked, [A], ends_only=[A], now_s=NOW)[A]
     assert only_ends.share == pytest.approx(asked.links[0].at / asked.num_bytes)
 
 
@@ -125,10 +126,10 @@ def test_what_an_engine_held_is_forgotten_with_it() -> None:
     chain = chain_of(body(user("one")))
     index.add(A, chain, "session")
     index.drop(A)
-    assert index.match(chain, [A]) == {}
+    assert index.match(chain, [A], now_s=NOW) == {}
     assert index.session("session", 10) is None
     index.add(A, chain)
-    assert index.match(chain, [A])[A].share == 1.0
+    assert index.match(chain, [A], now_s=NOW)[A].share == 1.0
 
 
 def test_a_prefix_that_was_not_cached_after_all_takes_the_older_ones_with_it() -> None:
@@ -136,23 +137,23 @@ def test_a_prefix_that_was_not_cached_after_all_takes_the_older_ones_with_it() -
     chains = [chain_of(body(user(name))) for name in ("old", "mid", "new")]
     for chain in chains:
         index.add(A, chain)
-    index.learn(A, index.match(chains[1], [A])[A], prompt_tokens=1000, cached_tokens=0)
-    assert [bool(index.match(chain, [A])) for chain in chains] == [False, False, True]
+    index.learn(A, index.match(chains[1], [A], now_s=NOW)[A], prompt_tokens=1000, cached_tokens=0)
+    assert [bool(index.match(chain, [A], now_s=NOW)) for chain in chains] == [False, False, True]
 
 
 def test_trust_in_a_replica_follows_what_it_reports() -> None:
     index = PrefixIndex()
     chain = chain_of(body(user("one")))
     index.add(A, chain)
-    match = index.match(chain, [A])[A]
+    match = index.match(chain, [A], now_s=NOW)[A]
     assert match.trust == 1.0
     index.learn(A, match, prompt_tokens=1000, cached_tokens=900)
-    assert index.match(chain, [A])[A].trust == pytest.approx(0.97)
+    assert index.match(chain, [A], now_s=NOW)[A].trust == pytest.approx(0.97)
     for _ in range(20):
         index.add(A, chain)
-        index.learn(A, index.match(chain, [A])[A], prompt_tokens=1000, cached_tokens=0)
+        index.learn(A, index.match(chain, [A], now_s=NOW)[A], prompt_tokens=1000, cached_tokens=0)
     index.add(A, chain)
-    assert index.match(chain, [A])[A].trust < 0.01
+    assert index.match(chain, [A], now_s=NOW)[A].trust < 0.01
 
 
 def test_a_short_expectation_teaches_nothing() -> None:
@@ -160,14 +161,14 @@ def test_a_short_expectation_teaches_nothing() -> None:
     index.learn(A, Match(share=1.0, stamp=5), prompt_tokens=100, cached_tokens=0)
     chain = chain_of(body(user("one")))
     index.add(A, chain)
-    assert index.match(chain, [A])[A].trust == 1.0
+    assert index.match(chain, [A], now_s=NOW)[A].trust == 1.0
 
 
 def test_a_request_that_came_to_nothing_is_taken_back() -> None:
     index = PrefixIndex()
     chain = chain_of(body(user("one")))
     index.retract(A, chain, index.add(A, chain))
-    assert index.match(chain, [A]) == {}
+    assert index.match(chain, [A], now_s=NOW) == {}
 
 
 def test_the_index_is_bounded_and_forgets_the_oldest() -> None:
@@ -176,7 +177,13 @@ def test_the_index_is_bounded_and_forgets_the_oldest() -> None:
     for number, chain in enumerate(chains):
         index.add(A, chain, f"session {number}")
     assert len(index) == 3
-    assert [bool(index.match(chain, [A])) for chain in chains] == [False, False, True, True, True]
+    assert [bool(index.match(chain, [A], now_s=NOW)) for chain in chains] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
     assert [index.session(f"session {n}", 2) is not None for n in range(5)] == [
         False,
         False,
@@ -196,3 +203,16 @@ def test_a_session_is_likely_to_begin_with_half_of_its_last_prompt() -> None:
 
 def _json(value: object) -> bytes:
     return msgspec.json.encode(value)
+
+
+def test_a_prefix_counts_once_it_is_computed() -> None:
+    index = PrefixIndex()
+    chain = chain_of(body(user("one")))
+    index.add(A, chain, ready_s=5.0)
+    assert index.match(chain, [A], now_s=4.9) == {}
+    assert index.match(chain, [A], now_s=5.0)[A].share == 1.0
+    index.add(A, chain, ready_s=9.0)  # it is there already
+    assert A in index.match(chain, [A], now_s=6.0)
+    index.add(B, chain, ready_s=9.0)
+    index.ready(B, chain, now_s=6.0)
+    assert B in index.match(chain, [B], now_s=6.0)

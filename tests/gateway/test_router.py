@@ -114,6 +114,13 @@ def test_ties_go_to_the_first_name() -> None:
     assert route.node == "a"
 
 
+def test_of_equal_replicas_the_one_unused_for_longest_serves() -> None:
+    snapshot = fleet(node("a", m="loaded"), node("b", m="loaded"), node("c", m="loaded"))
+    demand = Demand(last_used={("a", "m"): 3, ("b", "m"): 1, ("c", "m"): 2})
+    route = choose_route(snapshot, EMPTY, "m", demand=demand)
+    assert [each.node for each in route.considered.options] == ["b", "c", "a"]
+
+
 def test_an_alias_is_resolved() -> None:
     aliases = Catalogue(aliases={"fast": "m"})
     route = choose_route(fleet(node("a", m="loaded")), aliases, "fast")
