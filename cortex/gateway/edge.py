@@ -87,7 +87,7 @@ class Visit:
         if reservation is None:
             return
         spent = 0
-        if timing is not None:
+        if timing is not None and (timing.completion_tokens or not timing.failed):
             spent = timing.prompt_tokens + timing.completion_tokens
             if timing.completion_tokens and not timing.prompt_tokens:
                 # The node told no usage; the prompt was read all the same.
@@ -132,7 +132,8 @@ class KeyMiddleware:
             return
         try:
             caller = self._gatekeeper.check(scope["headers"])
-            is_trusted = True
+            # Names of all models and nodes are not for a key that may use some.
+            is_trusted = caller.sees_all or caller.is_admin
             if not _is_for_callers(scope["path"]):
                 self._gatekeeper.check_admin(caller)
         except (AuthenticationError, PermissionDeniedError) as exc:

@@ -112,7 +112,6 @@ class Handlers:
     async def _health(self, request: Request) -> Response:
         report = health_report(self._fleet.snapshot(), self._live.state)
         if not visit_of(request.scope).is_trusted:
-            # Names and addresses of nodes are for those with a key.
             report = msgspec.structs.replace(
                 report, unservable=[], details=[], config=ConfigReport()
             )

@@ -115,7 +115,10 @@ def print_status(report: StatusReport, *, as_json: bool) -> None:
     out.print(report.summary, markup=False)
     for line in report.config_lines:
         out.print(line, markup=False, soft_wrap=True)
-    out.print(_table(("node", "state", "in flight", "queued", "models"), report.node_rows))
+    if report.node_rows or not report.health.nodes.total:
+        out.print(_table(("node", "state", "in flight", "queued", "models"), report.node_rows))
+    else:
+        out.print("nodes: shown to a key that may use all models; give one with --key")
     if report.error is not None:
         out.print(f"models: {report.error}", markup=False)
     else:

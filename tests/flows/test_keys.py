@@ -133,6 +133,7 @@ async def test_a_spent_key_hears_so_from_both_sdks(closed: Closed) -> None:
 def test_status_shows_the_fleet_to_those_with_a_key(closed: Closed) -> None:
     bare = run_cortex(closed.folder, "status", "-e", closed.url)
     assert "only" not in bare.stdout
+    assert "nodes: shown to a key that may use all models" in bare.stdout
     done = run_cortex(closed.folder, "status", "-e", closed.url, "--key", closed.keys["ample"])
     assert done.returncode == 0, done.stderr
     assert "only" in done.stdout

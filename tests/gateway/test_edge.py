@@ -150,6 +150,18 @@ async def test_without_a_key_health_tells_no_names_where_keys_are_required() -> 
             assert "beast" in await (await gateway.get("/health", x_api_key="secret")).text()
 
 
+async def test_a_key_with_a_list_of_models_hears_of_no_others_from_health() -> None:
+    keys = [
+        ApiKey(key="some", account_id="a", models=["m"]),
+        ApiKey(key="chief", account_id="b", models=["m"], admin=True),
+    ]
+    async with MockNeuron(MockModel("other", "loaded")) as neuron:
+        entitlements = Entitlements(require_auth=True, keys=keys)
+        async with run_gateway({"a": neuron.endpoint}, entitlements=entitlements) as gateway:
+            assert "other" not in await (await gateway.get("/health", x_api_key="some")).text()
+            assert "other" in await (await gateway.get("/health", x_api_key="chief")).text()
+
+
 async def test_the_metrics_port_asks_for_a_key_where_the_configuration_says_so() -> None:
     keys = [ApiKey(key="secret", account_id="a")]
     guarded = Entitlements(metrics_require_auth=True, keys=keys)
