@@ -5,7 +5,8 @@ would have to leave for it. Everything here is a function of what it is given.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+import msgspec
 
 from cortex.gateway.fleet import FleetSnapshot, NodeView
 from cortex.gateway.rates import RateBook
@@ -25,8 +26,7 @@ LIKELY_BACK_S = 600.0
 NEVER_USED_SHARE = 0.1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
+class Cost(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     """Seconds until the first token, and what others would pay.
 
     Attributes:
@@ -46,8 +46,7 @@ class Cost:
         return self.queue_s + self.prefill_s + self.others_s + self.load_s + self.victims_s
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
+class Demand(msgspec.Struct, kw_only=True, frozen=True):
     """What one request asks for.
 
     Attributes:
@@ -58,20 +57,19 @@ class Demand:
     """
 
     prompt_tokens: int = ASSUMED_PROMPT_TOKENS
-    cached: Mapping[Replica, int] = field(default_factory=dict)
-    last_used: Mapping[Replica, int] = field(default_factory=dict)
+    cached: Mapping[Replica, int] = {}
+    last_used: Mapping[Replica, int] = {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Knowledge:
+class Knowledge(msgspec.Struct, kw_only=True, frozen=True):
     """What the gateway has learned, beside the fleet's own snapshot.
 
     Attributes:
         queued_s: seconds of prefill that requests sent before still have ahead of them.
     """
 
-    rates: RateBook = field(default_factory=RateBook)
-    queued_s: Mapping[Replica, float] = field(default_factory=dict)
+    rates: RateBook = msgspec.field(default_factory=RateBook)
+    queued_s: Mapping[Replica, float] = {}
 
 
 def warm_cost(

@@ -9,7 +9,6 @@ state can be continued only where a snapshot was taken, so for them only message
 import hashlib
 from collections import OrderedDict
 from collections.abc import Collection
-from dataclasses import dataclass
 
 import msgspec
 
@@ -67,8 +66,7 @@ class _Prompt(msgspec.Struct, kw_only=True):
 _decoder = msgspec.json.Decoder(_Prompt)
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
+class Link(msgspec.Struct, frozen=True, gc=False):
     """A place where a cached prefix may end.
 
     Attributes:
@@ -82,8 +80,7 @@ class Link:
     is_end: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(msgspec.Struct, frozen=True):
     """The prefix of one request; `num_bytes` counts all of its text, hashed or not."""
 
     links: tuple[Link, ...] = ()
@@ -182,8 +179,7 @@ def _thinned(links: list[Link]) -> tuple[Link, ...]:
     return (*links[:MAX_FIRST_LINKS], *sorted([*ends, *blocks], key=lambda each: each.at))
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(msgspec.Struct, frozen=True, gc=False):
     """What a replica is believed to hold of a prompt.
 
     Attributes:
@@ -202,8 +198,7 @@ class Match:
         return tokens if self.trust >= MIN_TRUST and tokens >= MIN_CACHED_TOKENS else 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
+class _Held(msgspec.Struct, frozen=True, gc=False):
     """When a replica last saw a prefix, and from when on it is computed there."""
 
     stamp: int

@@ -9,6 +9,8 @@ down goes along with the choice, so that it can be explained.
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from cortex.core.catalogue import Catalogue
 from cortex.core.config import Eviction
 from cortex.core.errors import (
@@ -45,8 +47,7 @@ _NOTHING_KNOWN = Knowledge()
 _ANY = Demand()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Option:
+class Option(msgspec.Struct, kw_only=True, frozen=True):
     """A node that could take the request, and at what cost.
 
     Attributes:
@@ -64,8 +65,7 @@ class Option:
     doubt: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rejection:
+class Rejection(msgspec.Struct, kw_only=True, frozen=True):
     """A node that could not take it, and why not."""
 
     node: str
@@ -73,8 +73,7 @@ class Rejection:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Considered:
+class Considered(msgspec.Struct, kw_only=True, frozen=True):
     """What a choice was made from, the chosen option first."""
 
     options: tuple[Option, ...] = ()

@@ -19,6 +19,7 @@ from cortex.gateway.roster import nodes_serving, primary
 from cortex.gateway.router import Considered, Route, Serve, choose_route, further_placements
 
 BYTES_PER_TOKEN = 4.0
+MIN_HASHED_BYTES = 512
 MAX_CALIBRATED = 256
 _WEIGHT_OF_NEW = 0.1
 
@@ -185,8 +186,8 @@ class Routing:
         self, snapshot: FleetSnapshot, trip: Trip, model_id: str, avoid: AbstractSet[str]
     ) -> Demand:
         nodes = nodes_serving(snapshot, model_id, avoid=avoid)
-        if len(nodes) > 1:
-            # Hashing pays only where there is a choice.
+        if len(nodes) > 1 and len(trip.body) >= MIN_HASHED_BYTES:
+            # Hashing pays only where there is a choice, and something to be had from a cache.
             if trip.chain is None:
                 trip.chain = chain_of(trip.body)
                 trip.session = trip.session or trip.chain.cache_key or ""
