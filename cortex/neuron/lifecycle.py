@@ -70,6 +70,7 @@ class Lifecycle:
         self._harnesses = {each.name: each for each in harnesses}
         self._config = config
         self._clock = clock
+        self._metrics = metrics
         self._roster = Roster(on_change)
         self._ledger = Ledger(monitor, peaks, clock=clock)
         self._supervisor = Supervisor(
@@ -298,6 +299,7 @@ class Lifecycle:
         model = self._roster.get(model_id)
         # It may have been used since it was seen to be idle.
         if model is not None and expired([model], self._clock()):
+            self._metrics.idle_unloaded(model_id)
             await self.unload(model_id)
 
     async def recycle(self, model_id: str) -> Job:

@@ -130,6 +130,8 @@ class Metrics:
         self._completion = self._counter("completion_tokens", "Generated tokens")
         self._cached = self._counter("cached_prompt_tokens", "Prompt tokens found in a cache")
         self._evictions = self._counter("evictions", "Models ended to make room for another")
+        self._idle_unloads = self._counter("idle_unloads", "Models unloaded for idleness")
+        self._recycles = self._counter("recycles", "Engines ended and started again on request")
         self._engine_losses = self._counter(
             "engine_losses", "Engines that failed to load or ended unasked", "status"
         )
@@ -176,6 +178,14 @@ class Metrics:
     def evicted(self, model_id: str) -> None:
         """Count a model that made room."""
         self._evictions.labels(model_id).inc()
+
+    def idle_unloaded(self, model_id: str) -> None:
+        """Count a model whose TTL was over."""
+        self._idle_unloads.labels(model_id).inc()
+
+    def recycled(self, model_id: str) -> None:
+        """Count an engine that made way for a fresh one."""
+        self._recycles.labels(model_id).inc()
 
     def render(self) -> bytes:
         """Return the exposition text."""

@@ -280,6 +280,10 @@ def _on_lost(state: Residency, event: EngineLost) -> Decision:
             return _restart(replace(state, restarts=0) if stable else state, event)
         case "recovering":
             return _restart(state, event)
+        case "draining" if state.is_reversible:
+            # There is nothing left to come back to, and somebody waits for the memory.
+            leaving = replace(state, since_s=event.now_s, is_reversible=False)
+            return Decision(state=leaving, effects=(Effect.DRAIN,))
         case _:
             return Decision(state=state)
 

@@ -173,13 +173,14 @@ class Supervisor:
             await self._start(model, engine, plan, tasks)
             await self._watch(model, engine)
             if model.state.status == "draining":
+                if engine.ended.is_set():
+                    self._roster.apply(model, self._died(model, engine))
                 await self._drain(model, engine)
                 return None
             if model.state.is_recycling and not engine.ended.is_set():
                 await self._recycle(model, engine)
                 return None
-            error = EngineDiedError(f"model '{model.id}': {engine.cause_of_death}")
-            return self._lost(model, error)
+            return self._died(model, engine)
         except CortexError as exc:
             return self._lost(model, exc)
         finally:
@@ -275,6 +276,7 @@ class Supervisor:
         model.engine = None
         await engine.stop(grace_s=ENGINE_STOP_S)
         self._ledger.give_back(model.id)
+        self._metrics.recycled(model.id)
         self._roster.apply(model, EngineRecycled(now_s=self._clock()))
 
     def _drop_recycle(self, model: Model) -> None:
@@ -317,6 +319,10 @@ class Supervisor:
             if model.job is None or model.job.is_done:
                 model.job = self.job(model)
         return decision.pause_s
+
+    def _died(self, model: Model, engine: Engine) -> EngineLost:
+        error = EngineDiedError(f"model '{model.id}': {engine.cause_of_death}")
+        return self._lost(model, error)
 
     def _lost(self, model: Model, error: CortexError) -> EngineLost:
         blameless = isinstance(

@@ -254,6 +254,27 @@ async def test_a_load_of_a_victim_waits_and_finds_it_loaded_if_it_stayed(tmp_pat
         assert len(starts(path)) == 1
 
 
+async def test_a_victim_whose_engine_dies_while_it_drains_is_gone_whatever_comes_of_the_load(
+    tmp_path,
+):
+    paths = add_large(tmp_path, "dying", "new")
+    add_model(tmp_path / "models", "busy")
+    async with host(tmp_path, config=TorchHarness(drain_s=0.5)) as it:
+        await it.load("dying")
+        await it.load("busy")
+        await it.lifecycle.serving("busy").admission.acquire()
+        async with asyncio.TaskGroup() as tasks:
+            evicting = tasks.create_task(failing(it.load("new", evict=["dying", "busy"])))
+            await it.until("dying", "draining")
+            os.kill(starts(paths[0])[0], signal.SIGKILL)
+            await it.until("dying", "unloaded")
+        assert isinstance(evicting.result(), VictimBusyError)
+        assert (it.status("dying"), it.status("busy")) == ("unloaded", "loaded")
+        assert it.lifecycle.claim("dying") is None
+        await it.load("dying")
+        assert await tokens_of(it.stream("dying", 5)) == [5]
+
+
 async def test_memory_that_does_not_come_back_fails_the_load_with_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger_module, "MEMORY_RETURN_S", 0.3)
     add_large(tmp_path, "old", "new")

@@ -241,3 +241,11 @@ def test_an_engine_that_dies_while_it_is_recycled_is_restarted_like_any_other():
         lost = decide(current, EngineLost(error=DEATH, now_s=202.0))
         assert lost.effects == (Effect.CLOSE, Effect.RESTART)
         assert not lost.state.is_recycling
+
+
+def test_a_model_that_makes_room_and_loses_its_engine_leaves_for_good():
+    leaving = decide(state("loaded"), EvictAsked(now_s=200.0)).state
+    lost = decide(leaving, EngineLost(error=DEATH, now_s=201.0))
+    assert (lost.state.status, lost.effects) == ("draining", (Effect.DRAIN,))
+    assert decide(lost.state, EvictDropped(now_s=202.0)).state == lost.state
+    assert decide(lost.state, Ended(now_s=203.0)).state.status == "unloaded"

@@ -97,6 +97,8 @@ async def test_an_idle_model_leaves_after_its_ttl(tmp_path, monkeypatch):
 
         await until(gone)
         assert (await api.get("/health")).json["cycles"] == 2
+        metrics = (await api.get("/metrics")).body.decode()
+        assert 'cortex_neuron_idle_unloads_total{model="m"} 1.0' in metrics
 
 
 async def test_requests_wait_while_a_model_is_recycled(tmp_path):
@@ -121,6 +123,8 @@ async def test_requests_wait_while_a_model_is_recycled(tmp_path):
         assert recycling.result().json["status"] == "recycled"
         assert recycling.result().json["load_s"] > 0
         assert len(starts(path)) == 2
+        metrics = (await api.get("/metrics")).body.decode()
+        assert 'cortex_neuron_recycles_total{model="m"} 1.0' in metrics
         info = (await api.get("/models/m")).json
         assert (info["servable"], info["engine_cycles"]) == (
             {"ok": True, "reason": None, "detail": None},
