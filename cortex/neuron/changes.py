@@ -8,7 +8,6 @@ import msgspec
 from cortex.core.neuron_api import (
     DeviceHealth,
     EventName,
-    LoadProgress,
     ModelInfo,
     ModelLoad,
     ModelRemoved,
@@ -18,6 +17,9 @@ from cortex.core.neuron_api import (
 
 # Progress of a load, counters and devices are told at most this often.
 PACE_S = 0.5
+# Ages and counts of a resident model (last use, residency) move all the time; whoever plans with
+# them hears of them this often.
+REFRESH_S = 2.0
 # Memory of a device that comes or goes is told in steps of this size.
 MEMORY_STEP_BYTES = 256 << 20
 
@@ -34,7 +36,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._models: dict[str, ModelInfo] = {}
-        self._progress: dict[str, tuple[LoadProgress | None, float]] = {}
+        self._told: dict[str, tuple[ModelInfo, float]] = {}
         self._loads: dict[str, ModelLoad] = {}
         self._loads_s = float("-inf")
         self._node: object = None
@@ -50,14 +52,14 @@ class Changes:
         for model_id, info in infos.items():
             if info is None:
                 if self._models.pop(model_id, None) is not None:
-                    self._progress.pop(model_id, None)
+                    self._told.pop(model_id, None)
                     found.append(Change("model_removed", ModelRemoved(id=model_id)))
                 continue
             lasting = _lasting(info)
             is_new = self._models.get(model_id) != lasting
-            if is_new or self._is_due(model_id, info.progress, now_s):
+            if is_new or self._is_due(info, now_s):
                 self._models[model_id] = lasting
-                self._progress[model_id] = (info.progress, now_s)
+                self._told[model_id] = (info, now_s)
                 found.append(Change("model", info))
         return found
 
@@ -91,9 +93,11 @@ class Changes:
         self._node = key
         return [Change("node", health)]
 
-    def _is_due(self, model_id: str, progress: LoadProgress | None, now_s: float) -> bool:
-        told, told_s = self._progress[model_id]
-        return progress != told and now_s - told_s >= PACE_S
+    def _is_due(self, info: ModelInfo, now_s: float) -> bool:
+        told, told_s = self._told[info.id]
+        if info.progress != told.progress:
+            return now_s - told_s >= PACE_S
+        return info != told and now_s - told_s >= REFRESH_S
 
 
 def _lasting(info: ModelInfo) -> ModelInfo:
@@ -106,7 +110,6 @@ def _lasting(info: ModelInfo) -> ModelInfo:
         resident_s=None,
         idle_unload_in_s=None,
         evictable_in_s=None,
-        engine_cycles=None,
     )
 
 

@@ -36,10 +36,19 @@ def test_a_model_is_told_once_and_again_when_its_state_or_servability_moves():
     assert names(changes.of_models({"m": stuck}, 0.3)) == ["model"]
 
 
-def test_what_moves_with_every_request_tells_nothing_of_a_model():
+def test_what_moves_with_every_request_is_told_every_two_seconds():
     changes = Changes()
     changes.of_models({"m": info()}, 0.0)
-    assert changes.of_models({"m": info(in_flight=3, last_used_s=1.5)}, 9.0) == []
+    used = info(in_flight=3, last_used_s=1.5, resident_s=60.0, evictable_in_s=4.0)
+    assert changes.of_models({"m": used}, 1.9) == []
+    assert [each.data for each in changes.of_models({"m": used}, 2.0)] == [used]
+    assert changes.of_models({"m": used}, 9.0) == []
+
+
+def test_cycles_beside_an_engine_are_told_at_once():
+    changes = Changes()
+    changes.of_models({"m": info(engine_cycles=1)}, 0.0)
+    assert names(changes.of_models({"m": info(engine_cycles=2)}, 0.1)) == ["model"]
 
 
 def test_progress_is_told_twice_a_second_and_a_new_state_at_once():
