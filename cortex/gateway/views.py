@@ -21,6 +21,9 @@ _STATUS_ORDER = ("loaded", "loading", "recovering", "draining", "failed", "unloa
 
 _AS_IS = ConfigState()
 
+# Why a node that answers is not used.
+FLAPS = "it comes and goes, and is used again once it has stayed for a while"
+
 HealthStatus = Literal["ok", "impaired", "degraded"]
 
 
@@ -150,7 +153,7 @@ def node_report(snapshot: FleetSnapshot, node: NodeView) -> NodeReport:
         draining=node.draining,
         subscribed=node.subscribed,
         breaker=node.breaker.state,
-        error=node.failure,
+        error=FLAPS if node.liveness.up and not node.healthy else node.failure,
         relayed=sum(count for (owner, _), count in snapshot.leases.items() if owner == node.name),
         in_flight=sum(state.in_flight for state in states),
         queue_depth=sum(state.queue_depth for state in states),

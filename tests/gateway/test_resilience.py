@@ -166,3 +166,24 @@ def test_a_stream_that_goes_on_is_not_cut_when_its_node_seems_lost() -> None:
             assert text.endswith("data: [DONE]\n\n")
 
     virtual_time.run(run())
+
+
+def test_a_node_that_comes_and_goes_is_used_again_only_once_it_has_stayed() -> None:
+    async def run() -> None:
+        async with fleet(loaded("a"), loaded("b")) as (gateway, (first, second)):
+            for _ in range(3):
+                await first.stop()
+                await asyncio.sleep(1)
+                await first.start()
+                await asyncio.sleep(3)
+            assert await texts(gateway, 4) == ["b"] * 4
+            report = (await (await gateway.get("/health")).json())["details"][0]
+            assert (report["healthy"], report["error"]) == (
+                False,
+                "it comes and goes, and is used again once it has stayed for a while",
+            )
+            await asyncio.sleep(4)
+            await second.stop()
+            assert await texts(gateway, 2) == ["a"] * 2
+
+    virtual_time.run(run())
