@@ -19,10 +19,12 @@ from cortex.core.config import (
     NeuronConfig,
     TorchHarness,
     parse_address,
+    service_environment,
     user_cache_dir,
 )
 from cortex.core.errors import CortexError, StartupError
-from cortex.core.serve import Listener, bind, serve, shutdown_on_signals
+from cortex.core.notify import Notifier
+from cortex.core.serve import Listener, bind, serve, shutdown_on_signals, told
 from cortex.gateway.app import GatewayApps, open_apps
 from cortex.guide import guide
 from cortex.neuron.app import open_app
@@ -96,15 +98,25 @@ async def run_gateway(config: GatewayConfig, catalogue: Catalogue, source: Path)
     Raises:
         ConfigError, StartupError: it cannot start.
     """
-    shutdown = shutdown_on_signals(config.gateway.drain_s + EXIT_S)
+    limit_s = config.gateway.drain_s + EXIT_S
+    shutdown = shutdown_on_signals(limit_s)
     # One that comes before there is anything to reload must not end the process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     api, metrics = _bind_gateway(config)
-    async with open_apps(config, catalogue, source=source) as apps:
-        assert apps.reloader is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, apps.reloader.request)
-        listeners = _gateway_listeners(apps, api, metrics)
-        await serve(listeners, shutdown=shutdown, drain_s=config.gateway.drain_s)
+    notifier = Notifier(service_environment())
+    async with (
+        told(notifier, shutdown, limit_s),
+        open_apps(config, catalogue, source=source, notifier=notifier) as apps,
+    ):
+        reloader = apps.reloader
+        assert reloader is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.request)
+        await serve(
+            _gateway_listeners(apps, api, metrics),
+            shutdown=shutdown,
+            drain_s=config.gateway.drain_s,
+            on_bound=lambda _: notifier.ready(reloader.summary()),
+        )
 
 
 async def run_neuron(config: NeuronConfig) -> None:
@@ -113,11 +125,18 @@ async def run_neuron(config: NeuronConfig) -> None:
     Raises:
         ConfigError, StartupError: it cannot start.
     """
-    shutdown = shutdown_on_signals(_neuron_exit_s(config))
+    limit_s = _neuron_exit_s(config)
+    shutdown = shutdown_on_signals(limit_s)
     bound = bind(config.host, config.port, "neuron")
-    async with open_app(config) as app:
+    notifier = Notifier(service_environment())
+    async with told(notifier, shutdown, limit_s), open_app(config) as app:
         listener = Listener(app=app, name="neuron", bound=bound, tls=config)
-        await serve([listener], shutdown=shutdown, drain_s=config.harness.torch.drain_s)
+        await serve(
+            [listener],
+            shutdown=shutdown,
+            drain_s=config.harness.torch.drain_s,
+            on_bound=lambda ports: notifier.ready(f"serving on port {ports[0]}"),
+        )
 
 
 async def run_both(gateway: GatewayConfig, neuron: NeuronConfig, on_ready: OnReady) -> None:

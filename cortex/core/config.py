@@ -30,6 +30,10 @@ METRICS_PORT = 31314
 NEURON_PORT = 13131
 
 _SECRETS = frozenset(["CORTEX_FLEET_SECRET", "NEURON_FLEET_SECRET", "CORTEX_API_KEY"])
+# What systemd tells a service's main process, and only that one.
+_SERVICE = frozenset(
+    ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "RUNTIME_DIRECTORY", "STATE_DIRECTORY"]
+)
 
 
 class _Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -185,7 +189,7 @@ class NeuronConfig(_Config, Trust, frozen=True):
     host: str = "0.0.0.0"  # noqa: S104  a neuron serves the gateways of its network
     port: Port = NEURON_PORT
     max_body_mb: Count = 64
-    state_dir: str | None = None  # None: the user's cache directory
+    state_dir: str | None = None  # None: the service's, else the user's cache directory
     harnesses: list[HarnessName] = []  # empty: torch, and command where it is configured
     default_models: list[DefaultModel] = []
     harness: Harnesses = Harnesses()
@@ -285,7 +289,7 @@ def load_neuron_config(path: Path | None) -> NeuronConfig:
     for name, each in torch.models.items():
         if not Path(each).exists():
             raise ConfigError(f"{path or 'environment'}: models: {name}: {each} does not exist")
-    state_dir = _absolute(base, config.state_dir) if config.state_dir else str(user_cache_dir())
+    state_dir = _absolute(base, config.state_dir) if config.state_dir else _default_state_dir()
     where = str(path or "environment")
     trust = settle_trust(config, base, where)
     command = _command_harness(config.harness.command, base, where)
@@ -325,12 +329,31 @@ def user_cache_dir() -> Path:
     return Path(base) / "cortex"
 
 
+def service_environment() -> dict[str, str]:
+    """Return what systemd has told this process; empty where it is no service."""
+    return {name: os.environ[name] for name in _SERVICE if name in os.environ}
+
+
+def runtime_dir() -> str | None:
+    """Return the service's directory for sockets, None where it has none of its own."""
+    return _first_path(os.environ.get("RUNTIME_DIRECTORY"))
+
+
+def _default_state_dir() -> str:
+    return _first_path(os.environ.get("STATE_DIRECTORY")) or str(user_cache_dir())
+
+
+def _first_path(paths: str | None) -> str | None:
+    return (paths or "").partition(":")[0] or None
+
+
 def child_environment(overrides: Mapping[str, str]) -> dict[str, str]:
     """Return this process's environment with `overrides`, for a child process.
 
-    What lets callers in is left out: an engine needs none of it.
+    What lets callers in and what is between this service and its manager is left out: an engine
+    needs none of it.
     """
-    kept = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+    kept = {name: value for name, value in os.environ.items() if name not in _SECRETS | _SERVICE}
     return {**kept, **overrides}
 
 
@@ -342,7 +365,7 @@ def foreign_environment() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("CORTEX_", "NEURON_"))
+        if not name.startswith(("CORTEX_", "NEURON_")) and name not in _SERVICE
     }
 
 

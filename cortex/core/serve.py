@@ -8,7 +8,8 @@ import signal
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,6 +19,7 @@ from hypercorn.typing import Framework
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cortex.core.errors import StartupError
+from cortex.core.notify import Notifier
 from cortex.core.trust import Trust
 
 BACKLOG = 4096
@@ -28,6 +30,9 @@ LAST_CALL = "cortex.last_call"
 # And the event that tells that the server has begun to end, for what would go on for ever.
 SHUTDOWN = "cortex.shutdown"
 LAST_CALL_S = 1.0
+# While a service ends, the manager is told this often that it is at it, and to wait so long more.
+EXTEND_EVERY_S = 5.0
+EXTEND_BY_S = 20.0
 
 _logger = logging.getLogger("cortex.http")
 
@@ -106,6 +111,45 @@ def _with_events(app: ASGIApp, shutdown: asyncio.Event, last_call: asyncio.Event
         await app(scope, receive, send)
 
     return called
+
+
+@asynccontextmanager
+async def told(notifier: Notifier, shutdown: asyncio.Event, limit_s: float) -> AsyncIterator[None]:
+    """While the context is open, tell the service manager that the service lives, or ends.
+
+    Args:
+        limit_s: the longest end, as `shutdown_on_signals` was given it.
+    """
+    async with asyncio.TaskGroup() as tasks:
+        telling = [
+            tasks.create_task(feed_watchdog(notifier), name="watchdog"),
+            tasks.create_task(_tell_of_end(notifier, shutdown, limit_s), name="end of service"),
+        ]
+        try:
+            yield
+        finally:
+            for task in telling:
+                task.cancel()
+            notifier.close()
+
+
+async def feed_watchdog(notifier: Notifier) -> None:
+    """Feed the manager's watchdog from the event loop: a loop that is blocked does not.
+
+    What runs in threads or engines has limits of its own (`stall_s`).
+    """
+    while notifier.watchdog_s is not None:
+        notifier.alive()
+        await asyncio.sleep(notifier.watchdog_s / 2)
+
+
+async def _tell_of_end(notifier: Notifier, shutdown: asyncio.Event, limit_s: float) -> None:
+    await shutdown.wait()
+    notifier.stopping(f"draining, for {limit_s:.0f} s at most")
+    # The process ends itself at `limit_s`, so this does not go on for ever.
+    while notifier.is_listened_to:
+        notifier.extend(EXTEND_BY_S)
+        await asyncio.sleep(EXTEND_EVERY_S)
 
 
 def bind(host: str, port: int, name: str) -> socket.socket:

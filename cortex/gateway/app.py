@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from cortex.core.catalogue import Catalogue
 from cortex.core.config import GatewayConfig
+from cortex.core.notify import Notifier
 from cortex.core.web import build_app
 from cortex.gateway.auth import Gatekeeper
 from cortex.gateway.decisions import Decisions
@@ -62,11 +63,13 @@ async def open_apps(
     clock: Callable[[], float] = time.monotonic,
     wall_clock: Callable[[], float] = unix_s,
     source: Path | None = None,
+    notifier: Notifier | None = None,
 ) -> AsyncIterator[GatewayApps]:
     """Run the gateway's background work for as long as the context is open.
 
     Args:
         source: the file that `config` was read from, to be read again when it changes.
+        notifier: is told when it is read again.
         clock, wall_clock: monotonic seconds, and seconds since 1970.
 
     On leaving, polls and loads are cancelled; a neuron goes on with a load it has begun.
@@ -89,7 +92,7 @@ async def open_apps(
         reloader: Reloader | None = None
         reloading: asyncio.Task[None] | None = None
         if source is not None:
-            reloader = Reloader(live, source)
+            reloader = Reloader(live, source, notifier=notifier)
             reloading = tasks.create_task(reloader.run(), name="reload")
         settling = tasks.create_task(limiter.run(), name="limits")
         loads = Loads(

@@ -13,6 +13,7 @@ from pathlib import Path
 from cortex.core.catalogue import Catalogue, load_catalogue
 from cortex.core.config import GatewayConfig, load_gateway_config
 from cortex.core.errors import ConfigError
+from cortex.core.notify import Notifier
 from cortex.gateway.live import ConfigState, Live
 
 # How often the files are looked at. One that changed is read once two looks in a row agree, so
@@ -60,12 +61,21 @@ class Reloader:
 
     Args:
         path: cortex.toml; the catalogue is the one it names, or models.toml beside it.
+        notifier: is told of every reload.
     """
 
-    def __init__(self, live: Live, path: Path, *, check_s: float = CHECK_S) -> None:
+    def __init__(
+        self,
+        live: Live,
+        path: Path,
+        *,
+        check_s: float = CHECK_S,
+        notifier: Notifier | None = None,
+    ) -> None:
         self._live = live
         self._path = path
         self._check_s = check_s
+        self._notifier = notifier or Notifier({})
         self._started = live.config
         self._asked = asyncio.Event()
 
@@ -87,11 +97,20 @@ class Reloader:
             self._asked.clear()
             # Taken before reading: what changes meanwhile is seen at the next look.
             used = seen = await self._stamp()
+            self._notifier.reloading()
             try:
                 await self.reload()
             except Exception:  # a task's outermost loop: it goes on, and says so
                 _logger.exception("reading the configuration again failed unexpectedly")
                 self._live.state = ConfigState(error="see the gateway's log")
+            self._notifier.ready(self.summary())
+
+    def summary(self) -> str:
+        """Return in a line what is in use, for the service manager."""
+        if self._live.state.error is not None:
+            return f"the configuration in use stays: {self._live.state.error}"
+        neurons, models = len(self._live.config.neurons), len(self._live.catalogue.models)
+        return f"serving; {neurons} neurons and {models} models are configured"
 
     async def reload(self) -> None:
         """Read the files and put them in use, or say why not."""

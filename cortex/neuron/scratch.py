@@ -1,4 +1,6 @@
-"""Private folders under the temporary directory, for sockets and for files of one run.
+"""Private folders for sockets and for files of one run.
+
+They lie in the service's runtime directory where systemd gave one, else in the temporary one.
 
 A neuron that is killed cannot remove its own, so the next one does. Each folder is locked by the
 process that made it, and the kernel drops the lock when that process ends, however it ends.
@@ -10,6 +12,8 @@ import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+
+from cortex.core.config import runtime_dir
 
 PREFIX = "cortex-neuron-"
 # Another process may sweep a folder away between its making and its locking.
@@ -25,7 +29,7 @@ class ScratchFolder:
 
     def __init__(self) -> None:
         for _ in range(MAX_ATTEMPTS):
-            self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
+            self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=runtime_dir()))
             locked = _lock(self.path)
             if locked is not None:
                 self._lock = locked
@@ -42,7 +46,7 @@ class ScratchFolder:
 
 def sweep() -> None:
     """Remove the folders of processes that have ended without doing so."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for folder in Path(runtime_dir() or tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with suppress(OSError):
             locked = _lock(folder)
             if locked is not None:
