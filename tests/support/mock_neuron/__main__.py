@@ -12,6 +12,8 @@ from tests.support.mock_neuron.app import MockNeuron
 from tests.support.mock_neuron.engine import EngineSpec
 from tests.support.mock_neuron.script import GIB, MockModel
 
+PACE_S = 0.5
+
 
 class ModelSpec(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """One model of a mock neuron's process."""
@@ -60,6 +62,7 @@ class NodeSpec(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
         )
         # As after any restart, the ids of the life before are worth nothing.
         neuron.feed.epoch = secrets.token_hex(4)
+        neuron.feed.pace_s = PACE_S
         return neuron
 
 

@@ -23,10 +23,12 @@ class EventFeed:
         snapshots: how many of them began with a snapshot.
         raw: said next, as it is.
         is_mute: nothing is said.
+        pace_s: counters are told at most this often, as by a real neuron; models' statuses at once.
     """
 
     def __init__(self, node: Node) -> None:
         self.node = node
+        self.pace_s = 0.0
         self.epoch = "e1"
         self.asked: list[str] = []
         self.snapshots = 0
@@ -35,6 +37,8 @@ class EventFeed:
         self._count = 0
         self._ring: list[tuple[int, bytes]] = []
         self._told: dict[str, bytes] = {}
+        self._statuses: object = None
+        self._looked_s = 0.0
         self._open: list[web.Request] = []
 
     @property
@@ -50,6 +54,11 @@ class EventFeed:
     def look(self) -> None:
         """Number what has changed since the last look."""
         node = self.node
+        statuses = (node.status, [(model.id, model.status) for model in node.models.values()])
+        now_s = asyncio.get_running_loop().time()
+        if statuses == self._statuses and now_s < self._looked_s + self.pace_s:
+            return
+        self._statuses, self._looked_s = statuses, now_s
         health = node.health()
         now: dict[str, tuple[str, object]] = {
             f"model {model.id}": ("model", _lasting(node.info(model)))
@@ -109,22 +118,27 @@ class EventFeed:
             self.snapshots += 1
             yield self._event("snapshot", self._snapshot())
         await self.node.changed()
+        loop = asyncio.get_running_loop()
+        spoke_s = -PING_S
         while True:
             await self._speak()
             self.look()
             parts = [event for count, event in self._ring if count > seen] + self.raw
             seen, self.raw = self._count, []
-            yield b"".join(parts) or b": ping\n\n"
-            await self._wait()
+            if parts or loop.time() >= spoke_s + PING_S:
+                spoke_s = loop.time()
+                yield b"".join(parts) or b": ping\n\n"
+            await self._wait(max(0.0, spoke_s + PING_S - loop.time()))
 
     async def _speak(self) -> None:
         await self.node.faults.speak()
         if self.is_mute:
             await asyncio.Event().wait()
 
-    async def _wait(self) -> None:
+    async def _wait(self, limit_s: float) -> None:
+        """Wait for something to happen, or until a ping is due."""
         try:
-            async with asyncio.timeout(PING_S), self.node.change:
+            async with asyncio.timeout(limit_s), self.node.change:
                 await self.node.change.wait()
         except TimeoutError:
             return
