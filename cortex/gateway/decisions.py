@@ -21,8 +21,11 @@ MAX_STEPS = 16
 
 # What a wait for a load comes to that its caller cut short.
 GOES_ON = "the load goes on"
+# What a request comes to whose caller did not stay for the end of its answer.
+LEFT = "the caller left"
 
 Action = Literal["serve", "load", "refuse"]
+State = Literal["in progress", "ok", "failed", "left"]
 
 
 class CostReport(msgspec.Struct, kw_only=True, frozen=True):
@@ -87,7 +90,7 @@ class WhyReport(msgspec.Struct, kw_only=True, frozen=True):
 
     request_id: str
     name: str
-    state: Literal["in progress", "ok", "failed"]
+    state: State
     model: str | None = None
     node: str | None = None
     error: str | None = None
@@ -173,9 +176,11 @@ class Decision:
     def report(self) -> WhyReport:
         """Return it in words."""
         timing = self.timing
-        state: Literal["in progress", "ok", "failed"] = "in progress"
+        state: State = "in progress"
         if timing is not None:
             state = "failed" if timing.failed else "ok"
+        if self.error == LEFT:
+            state = "left"
         return WhyReport(
             request_id=self.request_id,
             name=self.name,

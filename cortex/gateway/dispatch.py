@@ -21,7 +21,7 @@ from cortex.core.errors import (
 )
 from cortex.core.openai import parse_chat_request
 from cortex.gateway.auth import ANONYMOUS, Caller
-from cortex.gateway.decisions import GOES_ON, Decision, Decisions
+from cortex.gateway.decisions import GOES_ON, LEFT, Decision, Decisions
 from cortex.gateway.fleet import Fleet, FleetSnapshot
 from cortex.gateway.live import Live
 from cortex.gateway.loads import Loads
@@ -102,8 +102,9 @@ class _Journey:
         self.avoid: set[str] = set()
         self.error: CortexError | None = None
         self.queue: str | None = None
-        # What the caller was told.
+        # What the caller was told, and whether it stayed for the end of the answer.
         self.fault: str | None = None
+        self.is_over = False
         self.is_checked = False
         self.routes = 0
         self.retries = 0
@@ -198,10 +199,12 @@ class Dispatcher:
                 while chunk:
                     yield chunk
                     chunk = await exchange.next_chunk()
+                journey.is_over = True
                 return
             while chunk:
                 yield translator.feed(chunk)
                 chunk = await exchange.next_chunk()
+            journey.is_over = True
             yield translator.end()
         except CortexError as exc:
             journey.timing.failed = True
@@ -226,6 +229,7 @@ class Dispatcher:
             usage = usage_of(body)
             if usage is not None:
                 note_usage(journey.timing, usage)
+            journey.is_over = True
         except CortexError as exc:
             journey.timing.failed = True
             journey.fault = exc.message
@@ -305,7 +309,8 @@ class Dispatcher:
         now_s = self._clock()
         journey.timing.duration_s = now_s - journey.arrival_s
         journey.end_leg(journey.timing)
-        journey.decision.ended(journey.timing, journey.fault, now_s)
+        left = journey.fault is None and not journey.is_over
+        journey.decision.ended(journey.timing, LEFT if left else journey.fault, now_s)
         self._metrics.record(journey.timing)
         journey.ask.note(journey.timing)
 

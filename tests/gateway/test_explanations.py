@@ -138,6 +138,21 @@ async def test_a_request_that_failed_says_why() -> None:
             assert (step["action"], step["outcome"]) == ("refuse", report["error"])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_caller_that_left_is_told_from_one_that_was_failed(stream: bool) -> None:
+    gate = asyncio.Event()
+    held = MockModel("m", "loaded", first_gate=gate)
+    async with MockNeuron(held) as neuron:
+        async with run_gateway({"a": neuron.endpoint}) as gateway:
+            call = asyncio.ensure_future(ask(gateway, "one", stream=stream))
+            await neuron.until(lambda: held.in_flight == 1)
+            call.cancel()
+            await neuron.until(lambda: held.in_flight == 0)
+            while (report := await why(gateway, "one"))["state"] == "in progress":
+                await asyncio.sleep(0)
+            assert (report["state"], report["error"]) == ("left", "the caller left")
+
+
 async def test_an_unknown_request_id_is_404_in_words() -> None:
     async with run_gateway({}) as gateway:
         response = await gateway.get("/why/nobody")

@@ -1,8 +1,11 @@
 """Where a cold model would go, who would have to leave, and what the node is asked."""
 
 from dataclasses import replace
+from typing import Any
 
 import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cortex.core.catalogue import Catalogue, CatalogueModel
 from cortex.core.config import Eviction
@@ -182,3 +185,39 @@ def test_a_load_under_way_needs_no_room_and_lasts_as_long_as_it_says():
 def test_what_other_loads_were_promised_is_not_free():
     node = replace(view("a", devices={0: (24, 20)}), claims={"other": 15 * GIB})
     assert placed(node).doubt == "needs 8.0 GiB, 5.0 free and not enough can leave"
+
+
+RESIDENTS = st.lists(
+    st.builds(
+        dict,
+        gib=st.integers(0, 12),
+        in_flight=st.integers(0, 1),
+        pinned=st.booleans(),
+        priority=st.integers(99, 101),
+        min_resident_s=st.sampled_from([0.0, 60.0]),
+        devices=st.sampled_from([[0], [1]]),
+    ),
+    max_size=6,
+)
+
+
+@given(residents=RESIDENTS, free=st.tuples(st.integers(0, 12), st.integers(0, 12)))
+def test_whatever_is_resident_a_plan_is_allowed_and_sufficient(
+    residents: list[dict[str, Any]], free: tuple[int, int]
+) -> None:
+    models = [model(f"r{at}", resident_s=30.0, **fields) for at, fields in enumerate(residents)]
+    node = view("a", *models, devices={0: (64, free[0]), 1: (64, free[1])})
+    found = placed(node, M)
+    by_id = {each.id: each for each in models}
+    victims = [by_id[name] for name in found.victims]
+    for each in victims:
+        assert not each.in_flight
+        assert not each.pinned
+        assert (each.priority or 0) <= 100
+        assert each.min_resident_s <= 30
+        assert each.devices == list(found.devices)
+    # One of unknown size is named alone, and the neuron tells whether it was enough.
+    if found.doubt is None and all(each.vram_used_mb for each in victims):
+        (device,) = found.devices
+        freed = sum((each.vram_used_mb or 0) << 20 for each in victims)
+        assert free[device] * GIB + freed >= 8 * GIB

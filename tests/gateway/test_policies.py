@@ -7,6 +7,8 @@ from cortex.core.neuron_api import LoadRequest
 from tests.support.gateway import run_gateway
 from tests.support.mock_neuron import GIB, MockModel, MockNeuron
 
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+
 
 async def test_a_pattern_serves_every_name_an_agent_may_ask_for() -> None:
     listed = Catalogue(aliases={"claude-*": "m"})
@@ -96,3 +98,20 @@ async def test_what_the_catalogue_says_of_residency_goes_to_the_neuron_with_the_
             assert (await gateway.chat()).status == 200
             (wish,) = neuron.loads
             assert wish == LoadRequest(model_id="m", ttl_s=60, pinned=True, priority=7)
+
+
+async def test_a_long_queue_has_a_further_replica_loaded_while_nobody_waits_for_it() -> None:
+    crowded = MockModel("m", "loaded", reported_in_flight=500)
+    async with MockNeuron(crowded) as first, MockNeuron(MockModel("m")) as second:
+        nodes = {"a": first.endpoint, "b": second.endpoint}
+        async with run_gateway(nodes, poll_s=0.02) as gateway:
+            response = await gateway.post("/v1/chat/completions", CHAT, **{"x-request-id": "r"})
+            assert response.status == 200
+            assert len(first.seen) == 1
+            await second.until(lambda: second.models["m"].status == "loaded")
+            why = await (await gateway.get("/why/r")).json()
+            assert why["steps"][0]["further"] == "b"
+            polls = second.polls
+            await second.until(lambda: second.polls >= polls + 2)
+            assert (await gateway.chat()).status == 200
+            assert len(second.seen) == 1
