@@ -103,15 +103,28 @@ class Residents(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         others=st.lists(names, max_size=1),
-        priority=st.sampled_from([None, 50, 200]),
-        then_s=pauses,
+        priority=st.sampled_from([None, None, 200]),
+        are_busy=st.booleans(),
+        deed=st.sampled_from(["nothing", "crash", "load", "unload"]),
+        then_s=st.sampled_from([0.2, 3.0, 25.0, 25.0]),
     )
     def load_in_place_of_what_is_loaded(
-        self, data: st.DataObject, others: list[str], priority: int | None, then_s: float
+        self,
+        data: st.DataObject,
+        others: list[str],
+        priority: int | None,
+        are_busy: bool,
+        deed: str,
+        then_s: float,
     ) -> None:
+        if are_busy:
+            self.begin_request(data.draw(st.sampled_from(self.loaded())))
         name = data.draw(st.sampled_from(sorted(set(NAMES) - set(self.loaded()))))
         victims = [each for each in self.loaded() if each != name] + others
         self.begin_load(LoadRequest(model_id=name, evict=victims, priority=priority))
+        self.pause(0.2)
+        if self.making_room():
+            self.meddle(data.draw(st.sampled_from(self.making_room())), deed)
         self.pause(then_s)
 
     def begin_load(self, request: LoadRequest) -> None:
@@ -147,8 +160,9 @@ class Residents(RuleBasedStateMachine):
     @precondition(lambda self: self.loaded())
     @rule(data=st.data())
     def ask(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(self.loaded()))
+        self.begin_request(data.draw(st.sampled_from(self.loaded())))
 
+    def begin_request(self, name: str) -> None:
         async def ask() -> None:
             serving = self.lifecycle.serving(name)
             with self.lifecycle.using(name):
@@ -177,6 +191,16 @@ class Residents(RuleBasedStateMachine):
     def give_up_a_request(self, data: st.DataObject) -> None:
         self.requests[data.draw(st.integers(0, len(self.requests) - 1))].cancel()
         self.settle()
+
+    def meddle(self, name: str, deed: str) -> None:
+        """Do something to a model that is making room."""
+        match deed:
+            case "crash":
+                self.crash(name)
+            case "load":
+                self.begin_load(LoadRequest(model_id=name))
+            case "unload":
+                self.unload(name)
 
     @rule(name=names)
     def crash(self, name: str) -> None:
@@ -251,6 +275,10 @@ class Residents(RuleBasedStateMachine):
             match model.state.status:
                 case "loaded":
                     assert claim is not None
+                    assert model.task is not None
+                case "draining" if live and not model.state.is_reversible:
+                    # Only who was told to leave ends with requests in hand.
+                    assert not model.in_flight or model in self.asked_to_leave
                 case "failed":
                     assert (claim, live, model.task) == (None, [], None)
                 case "unloaded":
@@ -315,6 +343,10 @@ class Residents(RuleBasedStateMachine):
     def loaded(self) -> list[str]:
         found = self.lifecycle.models() if hasattr(self, "lifecycle") else []
         return sorted(each.id for each in found if each.state.status == "loaded")
+
+    def making_room(self) -> list[str]:
+        found = self.lifecycle.models() if hasattr(self, "lifecycle") else []
+        return sorted(each.id for each in found if each.state.is_reversible)
 
     def pause(self, seconds: float) -> None:
         if seconds:

@@ -122,7 +122,8 @@ class FakeEngine:
         return 1_000_000.0 if self._model.is_silent else 0.0
 
     async def stop(self, *, grace_s: float, error: CortexError | None = None) -> None:
-        self._harness.on_stop(self._model.id)
+        if not self.ended.is_set():
+            self._harness.on_stop(self._model.id)
         await asyncio.sleep(STOP_S)
         self._end()
 
