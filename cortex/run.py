@@ -98,7 +98,7 @@ async def run_gateway(config: GatewayConfig, catalogue: Catalogue, source: Path)
     Raises:
         ConfigError, StartupError: it cannot start.
     """
-    limit_s = config.gateway.drain_s + EXIT_S
+    limit_s = gateway_exit_s(config)
     shutdown = shutdown_on_signals(limit_s)
     # One that comes before there is anything to reload must not end the process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -125,7 +125,7 @@ async def run_neuron(config: NeuronConfig) -> None:
     Raises:
         ConfigError, StartupError: it cannot start.
     """
-    limit_s = _neuron_exit_s(config)
+    limit_s = neuron_exit_s(config)
     shutdown = shutdown_on_signals(limit_s)
     bound = bind(config.host, config.port, "neuron")
     notifier = Notifier(service_environment())
@@ -149,7 +149,7 @@ async def run_both(gateway: GatewayConfig, neuron: NeuronConfig, on_ready: OnRea
     Raises:
         ConfigError, StartupError: one of them cannot start.
     """
-    shutdown = shutdown_on_signals(gateway.gateway.drain_s + _neuron_exit_s(neuron))
+    shutdown = shutdown_on_signals(gateway.gateway.drain_s + neuron_exit_s(neuron))
     api, metrics = _bind_gateway(gateway)
     inner = bind(neuron.host, neuron.port, "neuron")
     gateway_url, neuron_url = _url(api), _url(inner)
@@ -189,7 +189,12 @@ async def run_both(gateway: GatewayConfig, neuron: NeuronConfig, on_ready: OnRea
         raise failure
 
 
-def _neuron_exit_s(config: NeuronConfig) -> float:
+def gateway_exit_s(config: GatewayConfig) -> float:
+    """Return the longest orderly end: requests drain, then connections end."""
+    return config.gateway.drain_s + EXIT_S
+
+
+def neuron_exit_s(config: NeuronConfig) -> float:
     """Return the longest orderly end: requests drain, then each model, then its process ends."""
     external = config.harness.command.models.values()
     stop_s = max((each.stop_timeout_s for each in external), default=0.0)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,38 @@ def test_a_gateway_tells_when_it_can_be_used_reloads_and_ends(tmp_path: Path, ab
             assert "the configuration in use stays: " in manager.messages[-1]["STATUS"]
             assert "sped" in manager.messages[-1]["STATUS"]
             ends_well(gateway, manager)
+
+
+# prctl(PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN): what MemoryDenyWriteExecute of the unit asks for.
+DENY_WRITE_EXECUTE = """
+import ctypes, os, sys
+if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):
+    sys.exit(77)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def test_a_gateway_runs_where_memory_cannot_be_both_written_and_executed(tmp_path: Path):
+    port = free_port()
+    config = tmp_path / "cortex.toml"
+    config.write_text(
+        f'[gateway]\nlisten = "127.0.0.1:{port}"\nmetrics_listen = "127.0.0.1:0"\n'
+        '[limits]\nstorage = "redis://127.0.0.1:9/0"\n'
+    )
+    command = [sys.executable, "-c", DENY_WRITE_EXECUTE, "-m", "cortex", "serve", "-c", str(config)]
+    with subprocess.Popen(command, env=environment(tmp_path)) as gateway:
+        try:
+            while not answers(f"http://127.0.0.1:{port}"):
+                if gateway.poll() == 77:
+                    pytest.skip("this kernel has no PR_SET_MDWE")
+                assert gateway.poll() is None
+                time.sleep(0.05)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as answer:
+                assert answer.status == 200
+            gateway.terminate()
+            assert gateway.wait(STOP_S) == 0
+        finally:
+            gateway.kill()
 
 
 def test_a_gateway_that_cannot_start_is_never_ready(tmp_path: Path):
