@@ -106,6 +106,7 @@ async def open_apps(
             clock=clock,
         )
         keeper = Keeper(live, fleet, routing, loads, clock=clock, jitter=random.random)
+        live.on_change(keeper.start_over)
         defragmenter = Defragmenter(client, fleet, metrics, live, poke=watch.poke, clock=clock)
         duties = {
             "prefixes": routing.refresh,

@@ -91,6 +91,10 @@ class Keeper:
         self._missed: dict[str, _Missed] = {}
         self._usable: frozenset[str] = frozenset()
 
+    def start_over(self) -> None:
+        """Forget what did not last: the configuration has changed."""
+        self._missed.clear()
+
     async def look(self) -> None:
         """Look once, and begin the loads that are due."""
         snapshot, now_s = self._fleet.snapshot(), self._clock()
@@ -126,7 +130,7 @@ class Keeper:
         if known.tries > MAX_TRIES:
             _logger.error(
                 "model %s is to be kept loaded, but %d loads in a row did not last; giving up "
-                "until a node joins or it is loaded otherwise",
+                "until a node joins, the configuration changes or a request loads it",
                 model_id,
                 MAX_TRIES,
             )

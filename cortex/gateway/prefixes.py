@@ -9,6 +9,7 @@ state can be continued only where a snapshot was taken, so for them only message
 import hashlib
 from collections import OrderedDict
 from collections.abc import Collection
+from typing import TypeVar
 
 import msgspec
 
@@ -23,7 +24,7 @@ MAX_LAST_LINKS = 64
 MAX_LINKS = 1 << 15  # in the index
 MAX_SESSIONS = 1 << 13
 MAX_KEY_CHARS = 256
-MAX_TRUSTED = 1024
+MAX_REPLICAS = 1024
 # A session's earlier prompt is only likely to begin the next one.
 SESSION_SHARE = 0.5
 MIN_EXPECTED_TOKENS = 256
@@ -64,6 +65,7 @@ class _Prompt(msgspec.Struct, kw_only=True):
 
 
 _decoder = msgspec.json.Decoder(_Prompt)
+V = TypeVar("V", int, float)
 
 
 class Link(msgspec.Struct, frozen=True, gc=False):
@@ -217,8 +219,8 @@ class PrefixIndex:
         self._stamp = 0
         # What a replica saw before this stamp is gone from its cache.
         self._floor: dict[Replica, int] = {}
-        self._trust: OrderedDict[Replica, float] = OrderedDict()
-        # When each replica last got a prompt, in stamps; the fleet's size bounds it.
+        self._trust: dict[Replica, float] = {}
+        # When each replica last got a prompt, in stamps.
         self.last_used: dict[Replica, int] = {}
 
     def __len__(self) -> int:
@@ -277,7 +279,7 @@ class PrefixIndex:
             ready_s: when it is likely to have been computed.
         """
         self._stamp += 1
-        self.last_used[replica] = self._stamp
+        _keep(self.last_used, replica, self._stamp)
         floor = self._floor.get(replica, 0)
         for link in chain.links:
             holders = self._holders.setdefault(link.digest, {})
@@ -321,15 +323,20 @@ class PrefixIndex:
             return
         truth = min(1.0, cached_tokens / expected)
         old = self._trust.get(replica, 1.0)
-        self._trust[replica] = old + _WEIGHT_OF_NEW * (truth - old)
-        self._trust.move_to_end(replica)
-        if len(self._trust) > MAX_TRUSTED:
-            self._trust.popitem(last=False)
+        _keep(self._trust, replica, old + _WEIGHT_OF_NEW * (truth - old))
         if truth < 0.5:
-            self._floor[replica] = max(self._floor.get(replica, 0), match.stamp + 1)
+            _keep(self._floor, replica, max(self._floor.get(replica, 0), match.stamp + 1))
 
     def drop(self, replica: Replica) -> None:
         """Forget all of a replica: its caches ended with its engine."""
-        self._floor[replica] = self._stamp + 1
+        _keep(self._floor, replica, self._stamp + 1)
         self._trust.pop(replica, None)
         self.last_used.pop(replica, None)
+
+
+def _keep(known: dict[Replica, V], replica: Replica, value: V) -> None:
+    """Set what is known of a replica; of too many, the one set longest ago is forgotten."""
+    known.pop(replica, None)
+    known[replica] = value
+    if len(known) > MAX_REPLICAS:
+        del known[next(iter(known))]

@@ -115,10 +115,13 @@ async def test_loads_that_do_not_last_are_tried_ever_later_and_not_for_ever() ->
             begun_s.append(second)
     assert begun_s == [1, 6, 16, 36, 76, 156, 316, 616]
     assert len(begun_s) == MAX_TRIES
-    # A node that joins is a reason to try again.
+    # A node that joins is a reason to try again, and so is another configuration.
     bench.report("b", "unloaded")
     await bench.look_at(4000.0)
     assert await bench.look_at(4001.0) == MAX_TRIES + 1
+    bench.keeper.start_over()
+    await bench.look_at(4002.0)
+    assert await bench.look_at(4003.0) == MAX_TRIES + 2
 
 
 async def test_a_load_under_way_is_not_begun_again() -> None:

@@ -53,6 +53,26 @@ async def test_members_of_a_group_take_turns_on_a_node() -> None:
             assert [each.status for each in models] == ["unloaded", "loaded"]
 
 
+async def test_members_of_a_group_that_are_asked_for_together_are_never_resident_together() -> None:
+    listed = Catalogue(groups={"g": ["m", "n"]})
+    models = [MockModel(name, memory_bytes=GIB) for name in ("m", "n")]
+    together = False
+
+    def both() -> bool:
+        nonlocal together
+        together = together or all(each.holds_memory for each in models)
+        return len(neuron.seen) == 2
+
+    async with MockNeuron(*models) as neuron:
+        async with run_gateway({"a": neuron.endpoint}, catalogue=listed) as gateway:
+            gateway.apps.loads.room_retry_s = 0.01
+            async with asyncio.TaskGroup() as tasks:
+                calls = [tasks.create_task(gateway.chat(name)) for name in ("m", "n")]
+                await neuron.until(both)
+            assert [call.result().status for call in calls] == [200, 200]
+            assert not together
+
+
 async def test_a_member_of_a_group_waits_for_another_at_work_and_gives_up_in_the_end() -> None:
     gate = asyncio.Event()
     listed = Catalogue(groups={"g": ["m", "n"]})

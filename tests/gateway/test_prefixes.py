@@ -7,6 +7,7 @@ from cortex.gateway.prefixes import (
     MAX_FIRST_LINKS,
     MAX_HASHED_BYTES,
     MAX_LAST_LINKS,
+    MAX_REPLICAS,
     Chain,
     Match,
     PrefixIndex,
@@ -216,3 +217,13 @@ def test_a_prefix_counts_once_it_is_computed() -> None:
     index.add(B, chain, ready_s=9.0)
     index.ready(B, chain, now_s=6.0)
     assert B in index.match(chain, [B], now_s=6.0)
+
+
+def test_replicas_that_came_and_went_are_not_kept_for_ever() -> None:
+    index = PrefixIndex()
+    for number in range(MAX_REPLICAS + 50):
+        replica = (f"n{number}", "m")
+        index.add(replica, chain_of(body(user("one"))))
+        index.learn(replica, Match(share=1.0, stamp=number), 1000, 0)
+    assert len(index.last_used) == len(index._trust) == len(index._floor) == MAX_REPLICAS
+    assert ("n0", "m") not in index.last_used
