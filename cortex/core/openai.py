@@ -31,7 +31,7 @@ USAGE_COMMENT = b": usage "
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 
-def _kept(value: object) -> Any:
+def kept(value: object) -> Any:
     """Return a default that `omit_defaults` never leaves out of the encoded object."""
     return msgspec.field(default_factory=lambda: value)
 
@@ -175,15 +175,13 @@ StopString = Annotated[str, Meta(max_length=MAX_STOP_CHARS)]
 Positive = Annotated[int, Meta(gt=0)]
 
 
-class ChatRequest(msgspec.Struct, kw_only=True, frozen=True):
-    """Body of `POST /v1/chat/completions`."""
+class GenerationRequest(msgspec.Struct, kw_only=True, frozen=True):
+    """What requests for chat and for text completions have in common."""
 
     model: str
-    messages: Annotated[list[Message], Meta(max_length=MAX_MESSAGES)]
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: Positive | None = None
-    max_completion_tokens: Positive | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None  # -1 and 0 switch it off
@@ -200,6 +198,30 @@ class ChatRequest(msgspec.Struct, kw_only=True, frozen=True):
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    user: str | None = None  # accepted and without effect here
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def num_choices(self) -> int:
+        """How many answers are made."""
+        return self.n or 1
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end an answer, each once."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(dict.fromkeys(stop for stop in stops if stop))
+
+
+class ChatRequest(GenerationRequest, kw_only=True, frozen=True):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Meta(max_length=MAX_MESSAGES)]
+    max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
@@ -215,7 +237,6 @@ class ChatRequest(msgspec.Struct, kw_only=True, frozen=True):
     audio: Any = None
     web_search_options: Any = None
     # Accepted and without effect here.
-    user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -227,11 +248,6 @@ class ChatRequest(msgspec.Struct, kw_only=True, frozen=True):
             raise ValueError("top_logprobs needs logprobs to be true")
         if self.tool_choice == "required" and not self.tools:
             raise ValueError("tool_choice 'required' needs at least one entry in tools")
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with a usage chunk."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 _chat_decoder = msgspec.json.Decoder(ChatRequest)
@@ -296,8 +312,8 @@ class Usage(msgspec.Struct, kw_only=True, frozen=True):
 class AssistantMessage(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """The answer; `content` is null when there are only tool calls."""
 
-    role: str = _kept("assistant")
-    content: str | None = _kept(None)
+    role: str = kept("assistant")
+    content: str | None = kept(None)
     reasoning_content: str | None = None
     reasoning: str | None = None  # other engines' name of the field above; never sent
     tool_calls: list[ToolCall] | None = None
@@ -306,9 +322,9 @@ class AssistantMessage(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=
 class Choice(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """One answer of a completion."""
 
-    index: int = _kept(0)
+    index: int = kept(0)
     message: AssistantMessage
-    finish_reason: str | None = _kept(None)
+    finish_reason: str | None = kept(None)
     # The stop string that ended it, as other engines say it too; theirs may be a token's id.
     stop_reason: str | int | None = None
     logprobs: ChoiceLogprobs | None = None
@@ -318,7 +334,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
     """Answer of a chat request that does not stream."""
 
     id: str
-    object: str = _kept("chat.completion")
+    object: str = kept("chat.completion")
     created: int
     model: str
     choices: list[Choice]
@@ -335,7 +351,7 @@ class FunctionDelta(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tru
 class ToolCallDelta(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """A piece of a tool call; the first one of an index carries id, type and name."""
 
-    index: int = _kept(0)
+    index: int = kept(0)
     id: str | None = None
     type: str | None = None
     function: FunctionDelta | None = None
@@ -354,9 +370,9 @@ class Delta(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
 class ChunkChoice(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """One choice of a chunk; `delta` and `finish_reason` are always sent."""
 
-    index: int = _kept(0)
-    delta: Delta = _kept(Delta())
-    finish_reason: str | None = _kept(None)
+    index: int = kept(0)
+    delta: Delta = kept(Delta())
+    finish_reason: str | None = kept(None)
     stop_reason: str | None = None  # the stop string that ended it; an extension others have too
     logprobs: ChoiceLogprobs | None = None
 
@@ -364,10 +380,10 @@ class ChunkChoice(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True)
 class ChatCompletionChunk(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """One event of a stream; `choices` is empty in the usage chunk."""
 
-    id: str = _kept("")
-    object: str = _kept("chat.completion.chunk")
-    created: int = _kept(0)
-    model: str = _kept("")
+    id: str = kept("")
+    object: str = kept("chat.completion.chunk")
+    created: int = kept(0)
+    model: str = kept("")
     choices: list[ChunkChoice]
     usage: Usage | None = None
 
@@ -384,10 +400,10 @@ class ModelCard(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """One entry of `/v1/models`; what is unknown is left out."""
 
     id: str
-    object: str = _kept("model")
-    created: int = _kept(0)
-    owned_by: str = _kept("cortex")
-    loaded: bool = _kept(False)
+    object: str = kept("model")
+    created: int = kept(0)
+    owned_by: str = kept("cortex")
+    loaded: bool = kept(False)
     status: str | None = None
     feasible_on: list[str] = msgspec.field(default_factory=_empty_list)
     locations: list[ModelLocation] = msgspec.field(default_factory=_empty_list)

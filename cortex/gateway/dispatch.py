@@ -62,6 +62,7 @@ class Ask:
         name: the model id or alias asked for.
         path: where at the node it goes.
         body: OpenAI-dialect JSON; its bytes are forwarded, but for `model` behind an alias.
+        check: raises where the body is no request that our own engine would take.
         headers: those that the node is to see.
         caller: whom it is counted for.
         session: names the conversation it belongs to, where the caller says so.
@@ -73,6 +74,7 @@ class Ask:
     name: str
     path: str
     body: bytes
+    check: Callable[[bytes], object] = parse_chat_request
     headers: Mapping[str, str] = field(default_factory=dict)
     caller: Caller = ANONYMOUS
     session: str = ""
@@ -382,7 +384,7 @@ class Dispatcher:
             # Nothing is loaded, and nobody evicted, for a request that is then refused. What an
             # external engine takes is for the engine to say.
             if not self._is_external(route.model_id):
-                parse_chat_request(journey.ask.body)
+                journey.ask.check(journey.ask.body)
             journey.is_checked = True
         if journey.routes > MAX_ROUTES:
             raise journey.error or ServiceUnavailableError(

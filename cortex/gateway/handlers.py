@@ -10,6 +10,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from cortex.core import anthropic, openai, translate
+from cortex.core.completions import parse_completion_request
 from cortex.core.decode import decode_body
 from cortex.core.errors import (
     MissingModelError,
@@ -41,6 +42,7 @@ from cortex.gateway.usage import usage_report
 from cortex.gateway.views import ConfigReport, health_report, model_card, model_cards
 
 CHAT_PATH = "/v1/chat/completions"
+COMPLETIONS_PATH = "/v1/completions"
 TOKENIZE_PATH = "/v1/tokenize"
 # What a node may want to know of the caller; keys stay here.
 FORWARDED_HEADERS = ("x-session-affinity",)
@@ -105,6 +107,7 @@ class Handlers:
             Route("/v1/models", _with_caller(self._models), methods=["GET"]),
             Route("/v1/models/{name:path}", _with_caller(self._model), methods=["GET"]),
             Route(CHAT_PATH, _with_caller(self._chat), methods=["POST"]),
+            Route(COMPLETIONS_PATH, _with_caller(self._completions), methods=["POST"]),
             Route("/v1/messages", _with_caller(self._messages), methods=["POST"]),
             Route("/v1/messages/count_tokens", _with_caller(self._count_tokens), methods=["POST"]),
         ]
@@ -184,6 +187,15 @@ class Handlers:
         await visit.admit(body)
 
     async def _chat(self, request: Request, caller: Caller) -> ASGIApp:
+        return await self._relayed(request, caller, CHAT_PATH, openai.parse_chat_request)
+
+    async def _completions(self, request: Request, caller: Caller) -> ASGIApp:
+        return await self._relayed(request, caller, COMPLETIONS_PATH, parse_completion_request)
+
+    async def _relayed(
+        self, request: Request, caller: Caller, path: str, check: Callable[[bytes], object]
+    ) -> ASGIApp:
+        """Answer with the bytes of a node, at the path that it was asked for here."""
         body = await self._body(request)
         head = decode_body(_head_decoder, body)
         if not head.model:
@@ -191,8 +203,9 @@ class Handlers:
         await self._admit(request, head.model, body)
         ask = Ask(
             name=head.model,
-            path=CHAT_PATH,
+            path=path,
             body=body,
+            check=check,
             headers=_forwarded(request),
             caller=caller,
             session=_session(request),

@@ -33,6 +33,8 @@ MIN_CACHED_TOKENS = 64
 MIN_TRUST = 0.1
 _WEIGHT_OF_NEW = 0.3
 _DIGEST_BYTES = 8
+# What closes a text or a list; where the text itself ends like that, no harm is done.
+_JSON_ENDS = b'"] '
 
 
 class _Part(msgspec.Struct, kw_only=True):
@@ -61,6 +63,7 @@ class _Tool(msgspec.Struct, kw_only=True):
 class _Prompt(msgspec.Struct, kw_only=True):
     messages: list[_Message] = []
     tools: list[_Tool] | None = None
+    prompt: msgspec.Raw = msgspec.Raw(b"")
     prompt_cache_key: str | None = None
 
 
@@ -94,7 +97,7 @@ EMPTY = Chain()
 
 
 def chain_of(body: bytes) -> Chain:
-    """Return the chain of a chat request; an unreadable one has none, and its node will say so."""
+    """Return the chain of a request; an unreadable one has none, and its node will say so."""
     try:
         prompt = _decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -112,6 +115,9 @@ def chain_of(body: bytes) -> Chain:
         builder.end()
     for message in prompt.messages[num_system:]:
         builder.message(message)
+        builder.end()
+    if not prompt.messages and prompt.prompt:
+        builder.prompt(bytes(prompt.prompt))
         builder.end()
     return Chain(_thinned(builder.links), builder.num_bytes, prompt.prompt_cache_key)
 
@@ -139,6 +145,10 @@ class _Builder:
                     self._take(part.type.encode() + bytes(part.image_url))
         if message.tool_calls:
             self._take(bytes(message.tool_calls))
+
+    def prompt(self, raw: bytes) -> None:
+        # The JSON of a longer text, or of more ids, begins with that of a shorter one.
+        self._take(b"\x02" + raw.rstrip(_JSON_ENDS))
 
     def tool(self, tool: _Tool) -> None:
         function = tool.function or _Function()

@@ -35,10 +35,13 @@ OVERLAP_BYTES = 64
 LOST_GRACE_S = 3.0
 
 _CONTENT = re.compile(
-    rb'"(?:content|reasoning_content|reasoning)":\s*"[^"]|"tool_calls":\s*\[\s*\{'
+    rb'"(?:content|reasoning_content|reasoning|text)":\s*"[^"]|"tool_calls":\s*\[\s*\{'
 )
 _DELTA = b'"delta":{"'
 _NO_CONTENT = b'"content":""'
+# A text completion's chunks have no delta.
+_TEXT = b'"text":"'
+_NO_TEXT = b'"text":""'
 # At the start of a line only: an answer may quote either.
 _DONE = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
 _FIRST_EVENT = re.compile(rb"(?:^|\n)data:(.*?)\r?\n\r?\n", re.DOTALL)
@@ -115,7 +118,7 @@ class StreamMeter:
             self._on_content()
             # The role chunk may have come along.
             self._num_deltas -= chunk.count(_NO_CONTENT)
-        self._num_deltas += chunk.count(_DELTA)
+        self._num_deltas += chunk.count(_DELTA) + chunk.count(_TEXT) - chunk.count(_NO_TEXT)
 
     @property
     def has_content(self) -> bool:

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from cortex.core.completions import count_prompts
 from cortex.core.entitlements import ApiKey
 
 MINUTE_S = 60
@@ -150,6 +151,8 @@ class _Sizes(msgspec.Struct, kw_only=True):
     max_completion_tokens: Any = None
     max_output_tokens: Any = None
     n: Any = None
+    best_of: Any = None
+    prompt: msgspec.Raw = msgspec.Raw(b"null")
 
 
 _sizes_decoder = msgspec.json.Decoder(_Sizes)
@@ -168,7 +171,8 @@ def estimate_tokens(body: bytes, reserve_output_tokens: int) -> tuple[int, int]:
     bounds = (sizes.max_completion_tokens, sizes.max_tokens, sizes.max_output_tokens)
     asked = next((each for each in bounds if isinstance(each, int) and each > 0), None)
     answer = reserve_output_tokens if asked is None else min(asked, reserve_output_tokens)
-    num_answers = sizes.n if isinstance(sizes.n, int) and sizes.n > 0 else 1
+    numbers = (each for each in (sizes.n, sizes.best_of) if isinstance(each, int))
+    num_answers = max([1, *numbers]) * count_prompts(sizes.prompt)
     return len(body) // BYTES_PER_TOKEN, answer * num_answers
 
 

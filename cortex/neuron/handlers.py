@@ -1,7 +1,7 @@
 """The neuron's HTTP routes; errors of all of them speak OpenAI's envelope."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from cortex.core.completions import CompletionRequest, parse_completion_request
 from cortex.core.decode import decode_body
 from cortex.core.errors import ModelNotFoundError
 from cortex.core.neuron_api import (
@@ -21,7 +22,7 @@ from cortex.core.neuron_api import (
     UnloadRequest,
     UnloadResponse,
 )
-from cortex.core.openai import KEEPALIVE, error_event, parse_chat_request
+from cortex.core.openai import KEEPALIVE, ChatRequest, error_event, parse_chat_request
 from cortex.core.serve import SHUTDOWN
 from cortex.core.web import (
     EventStream,
@@ -35,7 +36,7 @@ from cortex.neuron.events import PING, EventHub
 from cortex.neuron.inference import Inference
 from cortex.neuron.lifecycle import Lifecycle
 from cortex.neuron.metrics import CONTENT_TYPE, Metrics
-from cortex.neuron.relay import Relay
+from cortex.neuron.relay import CHAT_PATH, COMPLETIONS_PATH, Relay
 from cortex.neuron.tokenize import TokenizeRequest, TokenizeResponse
 from cortex.neuron.views import Views
 
@@ -94,7 +95,8 @@ class Handlers:
                 Route("/models/{model_id:path}/endpoint", self.endpoint),
                 Route("/models/{model_id:path}", self.model),
                 Route("/v1/models", self.cards),
-                Route("/v1/chat/completions", self.chat, methods=["POST"]),
+                Route(CHAT_PATH, self.chat, methods=["POST"]),
+                Route(COMPLETIONS_PATH, self.completions, methods=["POST"]),
                 Route("/v1/tokenize", self.tokenize, methods=["POST"]),
             ]
         )
@@ -200,25 +202,39 @@ class Handlers:
 
     async def chat(self, request: Request) -> Response | EventStream:
         """`POST /v1/chat/completions`."""
+        return await self._answered(request, CHAT_PATH, parse_chat_request)
+
+    async def completions(self, request: Request) -> Response | EventStream:
+        """`POST /v1/completions`."""
+        return await self._answered(request, COMPLETIONS_PATH, parse_completion_request)
+
+    async def _answered(
+        self,
+        request: Request,
+        path: str,
+        parse: Callable[[bytes], ChatRequest | CompletionRequest],
+    ) -> Response | EventStream:
         body = await read_body(request, max_bytes=self._max_body_bytes)
         head = parse_head(body)
         if self._lifecycle.is_external(head.model):
-            return await self._relayed(request, body, head)
-        asked = parse_chat_request(body)
+            return await self._relayed(request, path, body, head)
+        asked = parse(body)
         serving = self._inference.serving(asked.model)
         if asked.stream:
             return _event_stream(self._inference.stream(asked, serving))
         completion = await cancel_on_disconnect(request, self._inference.complete(asked, serving))
         return json_response(completion)
 
-    async def _relayed(self, request: Request, body: bytes, head: Head) -> Response | EventStream:
+    async def _relayed(
+        self, request: Request, path: str, body: bytes, head: Head
+    ) -> Response | EventStream:
         """Answer by an external engine, which is the judge of all that is not in the head."""
         serving = self._lifecycle.serving(head.model)
         headers = {name: request.headers[name] for name in FORWARDED if name in request.headers}
         if head.stream:
-            return _event_stream(self._relay.stream(body, head, serving, headers))
+            return _event_stream(self._relay.stream(path, body, head, serving, headers))
         completion = await cancel_on_disconnect(
-            request, self._relay.complete(body, head, serving, headers)
+            request, self._relay.complete(path, body, head, serving, headers)
         )
         return Response(completion, media_type="application/json")
 

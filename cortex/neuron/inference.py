@@ -1,4 +1,4 @@
-"""One chat request on this host: admission, the prompt, the engine, the reply.
+"""One request on this host: admission, the prompt, the engine, the reply.
 
 Blocking work (templates, tokenization) runs in a few threads of its own, so that the event loop
 goes on while a long prompt is prepared.
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar, TypeVarTuple
 
+from cortex.core.completions import CompletionRequest, TextCompletion
 from cortex.core.errors import BadRequestError, CortexError
 from cortex.core.openai import (
     SSE_DONE,
@@ -20,6 +21,12 @@ from cortex.core.openai import (
     ChatRequest,
 )
 from cortex.neuron.accounts import Accounts
+from cortex.neuron.chat.completion import (
+    CompletionCollector,
+    CompletionStream,
+    PreparedTexts,
+    prepare_texts,
+)
 from cortex.neuron.chat.model import ChatModel
 from cortex.neuron.chat.prepare import Prepared, prepare, prompt_ids
 from cortex.neuron.chat.stream import ChatCollector, ChatStream
@@ -39,7 +46,7 @@ Args = TypeVarTuple("Args")
 
 
 class Inference:
-    """Answers chat requests with the models of a lifecycle.
+    """Answers requests for chat and for text completions with the models of a lifecycle.
 
     Args:
         constrain_tools: hold tool calls to the declared names and parameters.
@@ -71,7 +78,9 @@ class Inference:
         """Return a loaded model; raises as `Lifecycle.serving`."""
         return self._lifecycle.serving(model_id)
 
-    async def stream(self, request: ChatRequest, serving: Serving) -> AsyncGenerator[bytes, None]:
+    async def stream(
+        self, request: ChatRequest | CompletionRequest, serving: Serving
+    ) -> AsyncGenerator[bytes, None]:
         """Yield the chunks of a streamed reply.
 
         Raises:
@@ -81,12 +90,7 @@ class Inference:
             watch = self._accounts.watch()
             prepared = await self._prepare(request, serving)
             with await serving.admission.acquire(prepared.num_choices):
-                reply = ChatStream(
-                    prepared,
-                    completion_id=_completion_id(),
-                    created=int(self._wall_clock()),
-                    model=request.model,
-                )
+                reply = _stream_of(prepared, request.model, int(self._wall_clock()))
                 with _generation(prepared, serving) as generation:
                     # After the hand-over, so that an engine that has gone is told by a status.
                     yield reply.start()
@@ -100,18 +104,15 @@ class Inference:
             yield reply.end() + SSE_DONE
             self._accounts.done(serving.model_id, watch, reply.usage())
 
-    async def complete(self, request: ChatRequest, serving: Serving) -> ChatCompletion:
+    async def complete(
+        self, request: ChatRequest | CompletionRequest, serving: Serving
+    ) -> ChatCompletion | TextCompletion:
         """Return a whole reply; raises CortexError."""
         with self._accounts.counted(serving.model_id):
             watch = self._accounts.watch()
             prepared = await self._prepare(request, serving)
             with await serving.admission.acquire(prepared.num_choices):
-                reply = ChatCollector(
-                    prepared,
-                    completion_id=_completion_id(),
-                    created=int(self._wall_clock()),
-                    model=request.model,
-                )
+                reply = _collector_of(prepared, request.model, int(self._wall_clock()))
                 with _generation(prepared, serving) as generation:
                     async for choice_idx, event in generation:
                         reply.feed(choice_idx, event)
@@ -151,10 +152,14 @@ class Inference:
             max_model_len=chat.max_model_len,
         )
 
-    async def _prepare(self, request: ChatRequest, serving: Serving) -> Prepared:
+    async def _prepare(
+        self, request: ChatRequest | CompletionRequest, serving: Serving
+    ) -> Prepared | PreparedTexts:
         # A full queue is told before any work is done on the prompt.
-        serving.admission.check(request.n or 1)
+        serving.admission.check(request.num_choices)
         assert serving.chat is not None
+        if isinstance(request, CompletionRequest):
+            return await self._in_thread(prepare_texts, request, serving.chat)
         prepared = await self._in_thread(prepare, request, serving.chat)
         constraint = prepared.constraint
         if (
@@ -191,7 +196,7 @@ class Inference:
 
 
 @contextmanager
-def _generation(prepared: Prepared, serving: Serving) -> Iterator[Generation]:
+def _generation(prepared: Prepared | PreparedTexts, serving: Serving) -> Iterator[Generation]:
     """Submit every choice; whatever is unfinished at the end is cancelled at once."""
     requests = [prepared.submit(0, choice_idx) for choice_idx in range(prepared.num_choices)]
     engine = serving.engine
@@ -203,5 +208,25 @@ def _generation(prepared: Prepared, serving: Serving) -> Iterator[Generation]:
         generation.close()
 
 
-def _completion_id() -> str:
-    return f"chatcmpl-{secrets.token_hex(12)}"
+def _stream_of(
+    prepared: Prepared | PreparedTexts, model: str, created: int
+) -> ChatStream | CompletionStream:
+    if isinstance(prepared, Prepared):
+        return ChatStream(prepared, completion_id=_new_id("chatcmpl"), created=created, model=model)
+    return CompletionStream(prepared, completion_id=_new_id("cmpl"), created=created, model=model)
+
+
+def _collector_of(
+    prepared: Prepared | PreparedTexts, model: str, created: int
+) -> ChatCollector | CompletionCollector:
+    if isinstance(prepared, Prepared):
+        return ChatCollector(
+            prepared, completion_id=_new_id("chatcmpl"), created=created, model=model
+        )
+    return CompletionCollector(
+        prepared, completion_id=_new_id("cmpl"), created=created, model=model
+    )
+
+
+def _new_id(kind: str) -> str:
+    return f"{kind}-{secrets.token_hex(12)}"

@@ -25,6 +25,7 @@ from cortex.neuron.resident import Serving
 from cortex.neuron.tokenize import TokenizeRequest, TokenizeResponse
 
 CHAT_PATH = "/v1/chat/completions"
+COMPLETIONS_PATH = "/v1/completions"
 TOKENIZE_PATH = "/tokenize"
 TOKENIZE_S = 30.0
 EVENT_STREAM = "text/event-stream"
@@ -33,7 +34,7 @@ _encoder = msgspec.json.Encoder()
 
 
 class Relay:
-    """Answers chat requests with external engines.
+    """Answers requests for chat and for text completions with external engines.
 
     Args:
         limits: how long an engine may be silent.
@@ -48,11 +49,12 @@ class Relay:
         self._clock = clock
 
     async def stream(
-        self, body: bytes, head: Head, serving: Serving, headers: Mapping[str, str]
+        self, path: str, body: bytes, head: Head, serving: Serving, headers: Mapping[str, str]
     ) -> AsyncGenerator[bytes, None]:
         """Yield the events of a streamed reply.
 
         Args:
+            path: where at the engine the request goes.
             headers: those that the engine is to see.
 
         Raises:
@@ -65,7 +67,7 @@ class Relay:
                 await serving.admission.acquire(head.num_choices),
                 _open_request(serving) as engine,
             ):
-                stream = _Stream(engine, rewriter, self._limits, self._clock)
+                stream = _Stream(engine, path, rewriter, self._limits, self._clock)
                 try:
                     request = upstream_request(
                         body,
@@ -85,7 +87,7 @@ class Relay:
             self._done(engine, watch, rewriter.usage)
 
     async def complete(
-        self, body: bytes, head: Head, serving: Serving, headers: Mapping[str, str]
+        self, path: str, body: bytes, head: Head, serving: Serving, headers: Mapping[str, str]
     ) -> bytes:
         """Return a whole reply as JSON; raises CortexError.
 
@@ -98,7 +100,7 @@ class Relay:
                 _open_request(serving) as engine,
             ):
                 request = upstream_request(body, head, engine.upstream_model)
-                whole = await _whole(engine, CHAT_PATH, request, headers)
+                whole = await _whole(engine, path, request, headers)
             completion, usage = answer(whole, serving.model_id)
             self._done(engine, watch, usage)
             return completion
@@ -154,11 +156,13 @@ class _Stream:
     def __init__(
         self,
         engine: CommandEngine,
+        path: str,
         rewriter: StreamRewriter,
         limits: CommandHarness,
         clock: Callable[[], float],
     ) -> None:
         self._engine = engine
+        self._path = path
         self._rewriter = rewriter
         self._limits = limits
         self._clock = clock
@@ -170,7 +174,7 @@ class _Stream:
         """Send the request and wait for the head of the answer."""
         try:
             async with asyncio.timeout(self._limits.first_token_s):
-                self._reply = await _posted(self._engine, CHAT_PATH, request, headers)
+                self._reply = await _posted(self._engine, self._path, request, headers)
         except TimeoutError as exc:
             raise self._silent() from exc
         if self._reply.content_type != EVENT_STREAM:

@@ -134,6 +134,14 @@ def test_a_stream_under_an_alias_ends_with_the_engines_usage(openai_client: Open
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 3
 
 
+def test_text_completions_are_asked_of_it_as_well(openai_client: OpenAI):
+    whole = openai_client.completions.create(model="other", prompt="one two")
+    assert whole.choices[0].text == "one two"
+    assert whole.model == "org/fake"
+    stream = openai_client.completions.create(model="org/fake", prompt="one two", stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == "one two "
+
+
 def test_the_anthropic_dialect_is_served_by_it_too(anthropic_client: Anthropic):
     with anthropic_client.messages.stream(
         model="org/fake", max_tokens=50, messages=ask("one two")

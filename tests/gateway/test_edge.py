@@ -13,6 +13,13 @@ from cortex.gateway.request_ids import RequestIds
 from tests.support.gateway import RunningGateway, run_gateway
 from tests.support.mock_neuron import MockModel, MockNeuron
 
+PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+)
+
 
 def routes_of(gateway: RunningGateway) -> list[tuple[str, str]]:
     """Every (method, path) of the gateway, path parameters filled in."""
@@ -192,7 +199,7 @@ async def test_a_key_lists_and_reaches_only_the_models_it_may_use() -> None:
                 }
                 response = await gateway.get(f"/v1/models/{name}", x_api_key="k")
                 assert response.status == 404
-                for path in ("/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens"):
+                for path in PATHS:
                     response = await gateway.post(path, body, x_api_key="k")
                     assert response.status == 404
                     message = (await response.json())["error"]["message"]

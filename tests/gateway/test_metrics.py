@@ -216,6 +216,16 @@ def test_text_reasoning_and_tool_calls_are_content(delta: str) -> None:
     assert timing.ttft_s == 2.0
 
 
+def test_a_text_completions_tokens_are_seen_as_well() -> None:
+    clock, timing = Clock(), RequestTiming(model="m")
+    meter = StreamMeter(timing, 0.0, clock)
+    for now_s, text in ((1.0, ""), (4.0, "a"), (5.0, "b"), (6.0, '\\"text\\":\\"c'), (7.0, "")):
+        clock.now_s = now_s
+        meter.feed(b'data: {"choices":[{"index":0,"text":"%b"}]}\n\n' % text.encode())
+    meter.close()
+    assert (timing.ttft_s, timing.decode_s, timing.completion_tokens) == (4.0, 3.0, 3)
+
+
 @pytest.mark.parametrize("cut", range(1, 55))
 def test_a_first_token_that_two_chunks_share_is_seen(cut: int) -> None:
     whole = chunk('{"content":"a"}')

@@ -67,6 +67,21 @@ def test_whatever_the_model_would_see_changes_the_chain(other: bytes) -> None:
     assert not set(digests(chain_of(other))) & set(digests(chain_of(body(user("one")))))
 
 
+@pytest.mark.parametrize(
+    ("shorter", "longer"),
+    [("a " * 2000, "a " * 2000 + "more"), ([7] * 3000, [7] * 3000 + [8]), (["ab"], ["abc"])],
+)
+def test_a_longer_text_goes_on_from_the_shorter_ones_chain(shorter: object, longer: object) -> None:
+    first, second = (
+        chain_of(msgspec.json.encode({"model": "m", "prompt": each})) for each in (shorter, longer)
+    )
+    inside = [link.digest for link in first.links if not link.is_end]
+    assert [link.digest for link in second.links][: len(inside)] == inside
+    assert first.links[-1].is_end
+    assert second.links[-1] not in first.links
+    assert second.num_bytes > first.num_bytes
+
+
 def test_a_long_message_has_links_at_every_block_besides_its_end() -> None:
     chain = chain_of(body(user("x" * 5000)))
     assert [(link.at, link.is_end) for link in chain.links] == [

@@ -122,6 +122,8 @@ def test_a_balance_never_comes_back():
         (b'{"max_tokens":99999}', (5, 4096)),
         (b'{"max_tokens":10,"n":3}', (5, 30)),
         (b'{"max_tokens":"x","n":null}', (6, 4096)),
+        (b'{"max_tokens":10,"prompt":["a","b"],"n":2,"best_of":3}', (13, 60)),
+        (b'{"max_tokens":10,"prompt":[1,2,3],"best_of":null}', (12, 10)),
         (b"not json", (2, 4096)),
     ],
 )

@@ -1,10 +1,10 @@
-"""Somebody else's server without a model: answers OpenAI chats and does what a script tells it.
+"""Somebody else's server without a model: answers in OpenAI's API and does what a script tells it.
 
     python -m tests.support.fake_server DIRECTORY --port PORT [ARGUMENT ...]
 
 The script is `script.json` in the directory (see `Script`), read anew for each request; each
-start adds a line with its process id to `starts` there, and each chat request its body to
-`requests`. The answer to a chat is the last message's words, one token each.
+start adds a line with its process id to `starts` there, and each request its body to
+`requests`. The answer is the words of the last message or of the prompt, one token each.
 """
 
 import argparse
@@ -121,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
             tokens = list(range(len(words_of(body))))
             self.answer(200, {"count": len(tokens), "max_model_len": 4096, "tokens": tokens})
             return
-        if self.path != "/v1/chat/completions":
+        if self.path not in ("/v1/chat/completions", "/v1/completions"):
             self.answer(404, {"detail": "Not Found"})
             return
         with (self.directory / "requests").open("a") as file:
@@ -140,13 +140,12 @@ class _Handler(BaseHTTPRequestHandler):
         words = words_of(body)
         for word in words:
             self.act(script, word)
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": " ".join(words)},
-            "finish_reason": "stop",
-            "own_field": [1, 2],
-        }
-        answer = {**self.head(body, "chat.completion"), "choices": [choice], "usage": usage(words)}
+        text = " ".join(words)
+        said = (
+            {"message": {"role": "assistant", "content": text}} if is_chat(body) else {"text": text}
+        )
+        choice = {"index": 0, **said, "finish_reason": "stop", "own_field": [1, 2]}
+        answer = {**self.head(body), "choices": [choice], "usage": usage(words)}
         self.answer(200, answer)
 
     def stream(self, script: Script, body: Any) -> None:
@@ -158,7 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         try:
             self.wfile.write(b": hello\n\n")
-            self.chunk(body, {"role": "assistant", "content": ""})
+            if is_chat(body):
+                self.chunk(body, {"role": "assistant", "content": ""})
             time.sleep(script.mute_s)
             for word in words:
                 self.act(script, word)
@@ -170,8 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
             last = {"usage": usage(words)} if script.usage_in == "last" else {}
             self.chunk(body, {}, finish_reason="stop", **last)
             if script.usage_in == "own":
-                head = self.head(body, "chat.completion.chunk")
-                self.event({**head, "choices": [], "usage": usage(words)})
+                self.event({**self.head(body, ".chunk"), "choices": [], "usage": usage(words)})
             if script.done:
                 self.wfile.write(b"data: [DONE]\n\n")
         except OSError:
@@ -189,14 +188,15 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(3600)
 
     def chunk(self, body: Any, delta: Any, finish_reason: Any = None, **extra: Any) -> None:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        head = self.head(body, "chat.completion.chunk")
-        self.event({**head, "choices": [choice], "usage": None, **extra})
+        said = {"delta": delta} if is_chat(body) else {"text": delta.get("content", "")}
+        choice = {"index": 0, **said, "finish_reason": finish_reason}
+        self.event({**self.head(body, ".chunk"), "choices": [choice], "usage": None, **extra})
 
     def event(self, data: Any) -> None:
         self.wfile.write(b"data: " + json.dumps(data).encode() + b"\n\n")
 
-    def head(self, body: Any, kind: str) -> Any:
+    def head(self, body: Any, suffix: str = "") -> Any:
+        kind = f"chat.completion{suffix}" if is_chat(body) else "text_completion"
         return {"id": "chatcmpl-1", "object": kind, "created": 1, "model": body["model"]}
 
     def answer(self, status: int, body: Any) -> None:
@@ -213,8 +213,12 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def is_chat(body: Any) -> bool:
+    return "messages" in body
+
+
 def words_of(body: Any) -> list[str]:
-    text: str = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+    text: str = body["messages"][-1]["content"] if is_chat(body) else body["prompt"]
     return text.split()
 
 

@@ -1,7 +1,7 @@
 """Token ids to text, piece by piece as they are generated."""
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from cortex.neuron.chat.tokenizer import ChatTokenizer
 
@@ -17,13 +17,16 @@ class TextStream:
 
     Incomplete UTF-8 is held back until the rest arrives. Special tokens and ids without a
     token are dropped; added tokens that are not special (`<think>`, `<tool_call>`) stay.
+
+    Args:
+        context_ids: tokens before it, which the text goes on from.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, context_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_ids
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._context: list[int] = []
+        self._context = list(context_ids[-_CONTEXT_TOKENS:])
         self._pending: list[int] = []
 
     def feed(self, token_ids: Iterable[int]) -> str:

@@ -1,5 +1,6 @@
 """A chat request to what the engine needs: prompt ids, sampling, limits, grammar."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,7 +11,13 @@ from cortex.core.errors import (
     ContextLengthExceededError,
     UnsupportedFieldError,
 )
-from cortex.core.openai import ChatRequest, JsonSchemaFormat, NamedToolChoice, Tool
+from cortex.core.openai import (
+    ChatRequest,
+    GenerationRequest,
+    JsonSchemaFormat,
+    NamedToolChoice,
+    Tool,
+)
 from cortex.neuron.chat.grammar import (
     Markers,
     Thinking,
@@ -36,6 +43,7 @@ class Prepared:
     Attributes:
         num_choices: sequences to submit (`n`).
         logprobs: whether the answer carries log probabilities.
+        context_ids: the tokens that the output's text goes on from; none where it begins anew.
     """
 
     tokenizer: ChatTokenizer
@@ -49,6 +57,7 @@ class Prepared:
     stream: bool
     include_usage: bool
     logprobs: bool
+    context_ids: Sequence[int] = ()
 
     def submit(self, request_id: int, choice_idx: int = 0) -> Submit:
         """Return the engine's command for one choice; with a seed, choices still differ."""
@@ -81,6 +90,7 @@ def prepare(request: ChatRequest, model: ChatModel) -> Prepared:
     tools = _active_tools(request)
     text = _render(request, template, tools)
     prompt_ids = _encode(text, model)
+    asked_tokens = request.max_completion_tokens or request.max_tokens or model.default_max_tokens
     thinking = _thinking_after(text, template, model.tokenizer)
     markers = Markers.of(model.tokenizer, is_xml=template.writes_xml_calls, thinking=thinking)
     is_single = request.parallel_tool_calls is False or isinstance(
@@ -89,18 +99,20 @@ def prepare(request: ChatRequest, model: ChatModel) -> Prepared:
     return Prepared(
         tokenizer=model.tokenizer,
         prompt_ids=prompt_ids,
-        max_tokens=_max_tokens(request, model, len(prompt_ids)),
+        max_tokens=min(asked_tokens, model.max_model_len - len(prompt_ids)),
         stop_ids=model.tokenizer.eos_ids,
-        sampling=_sampling(request, model),
+        sampling=sampling_of(
+            request, model, (request.top_logprobs or 0) if request.logprobs else None
+        ),
         constraint=_constraint(request, tools, markers, is_single=is_single),
         output=OutputSpec(
             knows_thinking=template.supports_thinking or markers.think_id is not None,
             starts_thinking=thinking == "open",
             tools=ToolTable(tools) if tools else None,
             is_single_call=is_single,
-            stops=_stops(request),
+            stops=request.stops,
         ),
-        num_choices=request.n or 1,
+        num_choices=request.num_choices,
         stream=bool(request.stream),
         include_usage=request.include_usage,
         logprobs=bool(request.logprobs),
@@ -172,33 +184,51 @@ def _render(request: ChatRequest, template: ChatTemplate, tools: list[Tool]) -> 
 
 
 def _encode(text: str, model: ChatModel) -> list[int]:
-    """Return the prompt's ids; a text too long for any tokenization is not even tried."""
-    limit = model.max_model_len
-    if len(text) > limit * model.tokenizer.max_token_chars:
-        num_tokens = len(text) // model.tokenizer.max_token_chars
-        raise _context_exceeded(limit, num_tokens, "at least ")
+    check_length(text, model, "messages")
     ids = model.tokenizer.encode(text)
-    if len(ids) >= limit:
-        raise _context_exceeded(limit, len(ids))
+    check_room(ids, model, "messages")
     return ids
 
 
-def _context_exceeded(limit: int, num_tokens: int, about: str = "") -> ContextLengthExceededError:
+def check_length(text: str, model: ChatModel, param: str) -> None:
+    """Refuse a text that is too long for any tokenization, before one is tried.
+
+    Args:
+        param: the field that holds it.
+
+    Raises:
+        ContextLengthExceededError: it is.
+    """
+    limit = model.max_model_len
+    if len(text) > limit * model.tokenizer.max_token_chars:
+        num_tokens = len(text) // model.tokenizer.max_token_chars
+        raise _context_exceeded(limit, num_tokens, param, "at least ")
+
+
+def check_room(ids: list[int], model: ChatModel, param: str) -> None:
+    """Refuse a prompt that leaves no room for an answer; as `check_length`."""
+    if len(ids) >= model.max_model_len:
+        raise _context_exceeded(model.max_model_len, len(ids), param)
+
+
+def _context_exceeded(
+    limit: int, num_tokens: int, param: str, about: str = ""
+) -> ContextLengthExceededError:
+    verb = "have" if param == "messages" else "has"
     return ContextLengthExceededError(
-        f"This model's maximum context length is {limit} tokens, but the messages have "
-        f"{about}{num_tokens} tokens; shorten the messages.",
-        param="messages",
+        f"This model's maximum context length is {limit} tokens, but the {param} {verb} "
+        f"{about}{num_tokens} tokens; shorten the {param}.",
+        param=param,
         extras={"max": limit, "prompt_len": num_tokens},
     )
 
 
-def _max_tokens(request: ChatRequest, model: ChatModel, num_prompt_tokens: int) -> int:
-    room = model.max_model_len - num_prompt_tokens
-    asked = request.max_completion_tokens or request.max_tokens or model.default_max_tokens
-    return min(asked, room)
+def sampling_of(request: GenerationRequest, model: ChatModel, num_logprobs: int | None) -> Sampling:
+    """Return how tokens are drawn: as asked, else as the checkpoint says.
 
-
-def _sampling(request: ChatRequest, model: ChatModel) -> Sampling:
+    Raises:
+        BadRequestError: `logit_bias` names a token that the model has not.
+    """
     defaults = model.defaults
     bias = request.logit_bias or {}
     unknown = [at for at in bias if not 0 <= at < model.tokenizer.vocab_size]
@@ -218,7 +248,7 @@ def _sampling(request: ChatRequest, model: ChatModel) -> Sampling:
         repetition_penalty=_first(request.repetition_penalty, defaults.repetition_penalty, 1.0),
         logit_bias=bias,
         seed=request.seed,
-        num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        num_logprobs=num_logprobs,
     )
 
 
@@ -234,11 +264,6 @@ def _reseeded(sampling: Sampling, choice_idx: int) -> Sampling:
     assert sampling.seed is not None
     wrapped = (sampling.seed + choice_idx + (1 << 63)) % (1 << 64) - (1 << 63)
     return msgspec.structs.replace(sampling, seed=wrapped)
-
-
-def _stops(request: ChatRequest) -> tuple[str, ...]:
-    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    return tuple(dict.fromkeys(stop for stop in stops if stop))
 
 
 def _thinking_after(text: str, template: ChatTemplate, tokenizer: ChatTokenizer) -> Thinking:

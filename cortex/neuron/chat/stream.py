@@ -41,22 +41,26 @@ _MIN_LOGPROB = -9999.0
 
 
 @dataclass(slots=True)
-class _Piece:
+class Piece:
     """What one token event adds to a choice."""
 
     events: list[OutputEvent] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
-class _ChoiceReader:
-    """Reads one choice's token events."""
+class ChoiceReader:
+    """Reads one choice's token events.
+
+    Attributes:
+        finish_reason: why it ended; None before.
+    """
 
     def __init__(self, prepared: Prepared) -> None:
         self._tokenizer = prepared.tokenizer
         self._stop_ids = frozenset(prepared.stop_ids)
         self._wants_logprobs = prepared.logprobs
         self._grammar_param = "response_format" if prepared.output.tools is None else "tools"
-        self._text = TextStream(prepared.tokenizer)
+        self._text = TextStream(prepared.tokenizer, prepared.context_ids)
         self._parser = OutputParser(prepared.output)
         self.finish_reason: FinishReason | None = None
         self.num_tokens = 0
@@ -68,9 +72,9 @@ class _ChoiceReader:
         """The stop string that ended the choice."""
         return self._parser.stop_match
 
-    def read(self, event: TokenEvent) -> _Piece:
+    def read(self, event: TokenEvent) -> Piece:
         """Take an event; nothing more is read once the choice is finished."""
-        piece = _Piece()
+        piece = Piece()
         if self.finish_reason is not None:
             return piece
         if event.is_refusal:
@@ -91,7 +95,7 @@ class _ChoiceReader:
             self._finish(event, piece)
         return piece
 
-    def _read_token(self, at: int, event: TokenEvent, piece: _Piece) -> None:
+    def _read_token(self, at: int, event: TokenEvent, piece: Piece) -> None:
         token_id = event.token_ids[at]
         is_last = at == len(event.token_ids) - 1
         self.num_tokens += 1
@@ -106,7 +110,7 @@ class _ChoiceReader:
         if self._wants_logprobs and event.logprobs and is_content:
             piece.logprobs.append(_token_logprob(event.logprobs[at], self._tokenizer))
 
-    def _finish(self, event: TokenEvent, piece: _Piece) -> None:
+    def _finish(self, event: TokenEvent, piece: Piece) -> None:
         is_cut = event.finish == "length" and not self._parser.is_done
         if not self._parser.is_done:
             piece.events += self._parser.feed(self._text.flush())
@@ -117,15 +121,16 @@ class _ChoiceReader:
             self.finish_reason = "tool_calls" if self._parser.num_calls else "stop"
 
 
-class _Reply:
-    """What chunks and completions share: one reader per choice, and the counts."""
+class Reply:
+    """What all replies share: one reader per choice, prompt by prompt, and the counts."""
 
-    def __init__(self, prepared: Prepared, *, completion_id: str, created: int, model: str) -> None:
+    def __init__(self, *prompts: Prepared, completion_id: str, created: int, model: str) -> None:
         self._id = completion_id
         self._created = created
         self._model = model
-        self._prepared = prepared
-        self._readers = [_ChoiceReader(prepared) for _ in range(prepared.num_choices)]
+        self._prepared = prompts[0]
+        self._prompts = prompts
+        self._readers = [ChoiceReader(each) for each in prompts for _ in range(each.num_choices)]
 
     def is_finished(self, choice_idx: int) -> bool:
         """Whether a choice is complete.
@@ -141,23 +146,26 @@ class _Reply:
         return all(reader.finish_reason is not None for reader in self._readers)
 
     def usage(self) -> Usage:
-        """Return the tokens so far; the prompt counts once whatever the number of choices."""
-        num_prompt = len(self._prepared.prompt_ids)
+        """Return the tokens so far; a prompt counts once whatever the number of choices."""
+        num_prompt = sum(len(each.prompt_ids) for each in self._prompts)
         num_completion = sum(reader.num_tokens for reader in self._readers)
         return Usage(
             prompt_tokens=num_prompt,
             completion_tokens=num_completion,
             total_tokens=num_prompt + num_completion,
-            prompt_tokens_details=PromptTokensDetails(
-                cached_tokens=max(reader.num_cached_tokens for reader in self._readers)
-            ),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._num_cached()),
             completion_tokens_details=CompletionTokensDetails(
                 reasoning_tokens=sum(reader.num_reasoning_tokens for reader in self._readers)
             ),
         )
 
+    def _num_cached(self) -> int:
+        cached = [reader.num_cached_tokens for reader in self._readers]
+        step = self._prepared.num_choices
+        return sum(max(cached[at : at + step]) for at in range(0, len(cached), step))
 
-class ChatStream(_Reply):
+
+class ChatStream(Reply):
     """Makes the chunks of a streamed reply; the caller sends keep-alives and `[DONE]`.
 
     Args:
@@ -219,12 +227,12 @@ class ChatStream(_Reply):
         )
 
 
-class ChatCollector(_Reply):
+class ChatCollector(Reply):
     """Collects a reply that does not stream; takes the same arguments as `ChatStream`."""
 
     def __init__(self, prepared: Prepared, *, completion_id: str, created: int, model: str) -> None:
         super().__init__(prepared, completion_id=completion_id, created=created, model=model)
-        self._pieces = [_Piece() for _ in self._readers]
+        self._pieces = [Piece() for _ in self._readers]
 
     def feed(self, choice_idx: int, event: TokenEvent) -> None:
         """Take an event; raises as `ChatStream.feed`."""

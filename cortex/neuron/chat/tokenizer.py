@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from cortex.core.errors import CheckpointError
 from cortex.neuron.models.gguf_file import GgufValue
@@ -230,6 +239,7 @@ class _PreTokenizer:
     digits: bool = False
     nfc: bool = False
     ignore_merges: bool = False
+    adds_bos: bool = False  # where the metadata do not say
 
 
 _PRE_TOKENIZERS = {
@@ -238,7 +248,7 @@ _PRE_TOKENIZERS = {
     "smollm": _PreTokenizer(digits=True),
     "qwen2": _PreTokenizer(pattern=_QWEN2, nfc=True),
     "qwen35": _PreTokenizer(pattern=_QWEN35, nfc=True),
-    "llama-bpe": _PreTokenizer(pattern=_LLAMA3, ignore_merges=True),
+    "llama-bpe": _PreTokenizer(pattern=_LLAMA3, ignore_merges=True, adds_bos=True),
 }
 
 
@@ -307,6 +317,12 @@ def _build_bpe(keys: Mapping[str, GgufValue], name: str) -> tuple[Tokenizer, lis
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif kind == _USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
+    bos_token = _named_token(keys, "bos_token_id", tokens)
+    if bos_token and keys.get("tokenizer.ggml.add_bos_token", pre.adds_bos) is True:
+        # Plain texts begin with it; a chat template writes it by itself.
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[bos_token, "$A"], special_tokens=[(bos_token, vocab[bos_token])]
+        )
     return tokenizer, tokens
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from cortex.core.completions import count_prompts
 from cortex.core.decode import decode_body
 from cortex.core.errors import CortexError, EngineDiedError, UpstreamMalformedError
 from cortex.core.openai import SSE_DONE, Usage, sse_event, usage_comment
@@ -19,7 +20,7 @@ from cortex.neuron.command.upstream import engine_error
 _Fields = dict[str, msgspec.Raw]
 
 _CONTENT = re.compile(
-    rb'"(?:content|reasoning_content|reasoning)":\s*"[^"]|"tool_calls":\s*\[\s*\{'
+    rb'"(?:content|reasoning_content|reasoning|text)":\s*"[^"]|"tool_calls":\s*\[\s*\{'
 )
 # Not where an answer quotes it: there its quotation marks are escaped.
 _FINISHED = re.compile(rb'(?<!\\)"finish_reason":\s*"')
@@ -40,11 +41,13 @@ class Head(msgspec.Struct, kw_only=True, frozen=True):
     stream: bool | None = False
     stream_options: dict[str, msgspec.Raw] | None = None
     n: Annotated[int, Meta(ge=1)] | None = None
+    best_of: Annotated[int, Meta(ge=1)] | None = None
+    prompt: msgspec.Raw = msgspec.Raw(_NULL)
 
     @property
     def num_choices(self) -> int:
-        """How many answers are asked for; as many seats are taken."""
-        return self.n or 1
+        """How many answers are made; as many seats are taken."""
+        return count_prompts(self.prompt) * max(self.n or 1, self.best_of or 1)
 
     @property
     def include_usage(self) -> bool:

@@ -151,6 +151,26 @@ def test_a_gguf_tokenizer_equals_the_one_it_was_made_from(tmp_path: Path, text: 
     assert (read.bos_token, read.eos_token) == ("<|im_start|>", "<|im_end|>")
 
 
+@pytest.mark.parametrize(
+    ("changes", "begins"),
+    [
+        ({}, False),
+        ({"tokenizer.ggml.add_bos_token": True}, True),
+        ({"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": None}, False),
+        ({"tokenizer.ggml.pre": "llama-bpe"}, True),
+        ({"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": False}, False),
+    ],
+)
+def test_a_plain_text_begins_with_the_token_that_a_gguf_file_asks_for(
+    tmp_path: Path, changes: dict[str, Any], begins: bool
+) -> None:
+    tokenizer = tokenizer_from_gguf(gguf_keys(**changes), name="m.gguf", cache_dir=tmp_path)
+    bare = tokenizer.encode("the sky")
+    assert tokenizer.encode("the sky", add_special=True) == ([1, *bare] if begins else bare)
+    # A grammar's tokens are those of bare text, whatever the file adds to whole ones.
+    assert tokenizer.decode(bare) == "the sky"
+
+
 def test_a_gguf_tokenizer_is_written_once_for_grammars(tmp_path: Path) -> None:
     first = tokenizer_from_gguf(gguf_keys(), name="m.gguf", cache_dir=tmp_path / "c")
     second = tokenizer_from_gguf(gguf_keys(), name="m.gguf", cache_dir=tmp_path / "c")

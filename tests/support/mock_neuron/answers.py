@@ -55,6 +55,23 @@ def chunk(model_id: str, delta: dict[str, Any], finish: str | None = None) -> by
     return event({**head(model_id, "chunk"), "choices": [choice]})
 
 
+def text_chunk(model_id: str, text: str, finish: str | None = None) -> bytes:
+    """Return one event of a streamed text completion."""
+    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
+    return event({**text_head(model_id), "choices": [choice]})
+
+
+def text_head(model_id: str) -> dict[str, Any]:
+    """Return the fields that a text completion begins with."""
+    return {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": model_id}
+
+
+def text_completion(model_id: str, text: str, counts: Usage) -> dict[str, Any]:
+    """Return a whole text completion."""
+    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": "stop"}
+    return {**text_head(model_id), "choices": [choice], "usage": counts}
+
+
 def head(model_id: str, kind: str) -> dict[str, Any]:
     """Return the fields that every answer begins with."""
     name = f"chat.completion.{kind}" if kind else "chat.completion"

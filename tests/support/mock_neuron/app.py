@@ -37,6 +37,8 @@ from tests.support.mock_neuron.node import Node, RefusedError
 from tests.support.mock_neuron.script import MockModel, Seen
 
 KEEPALIVE_S = 1.0
+# Answered from the script alone, by models without an engine.
+COMPLETIONS_PATH = "/v1/completions"
 BUSY_RETRY_S = 7
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -98,6 +100,7 @@ class MockNeuron(Node):
                 web.get("/models/{model_id:.+}", self._model),
                 web.get("/v1/models", self._cards),
                 web.post("/v1/chat/completions", self._chat),
+                web.post(COMPLETIONS_PATH, self._chat),
                 web.post("/v1/tokenize", self._tokenize),
                 web.post("/mock/fault", self._fault),
                 web.post("/mock/clear", self._clear),
@@ -269,6 +272,8 @@ class MockNeuron(Node):
         if model.fault == "die":
             return answers.cut(request)
         text, counts = "".join(model.tokens), answers.scripted_usage(model)
+        if request.path == COMPLETIONS_PATH:
+            return answers.json_answer(answers.text_completion(model.id, text, counts))
         return answers.json_answer(answers.completion(model.id, text, counts, model.tool_call))
 
     async def _scripted_stream(
@@ -280,7 +285,11 @@ class MockNeuron(Node):
             await response.write(KEEPALIVE)
             await response.write(answers.error_event("queue_full", "the queue is full"))
             return response
-        await response.write(answers.chunk(model.id, {"role": "assistant", "content": ""}))
+        is_chat = request.path != COMPLETIONS_PATH
+        if is_chat:
+            await response.write(answers.chunk(model.id, {"role": "assistant", "content": ""}))
+        else:
+            await response.write(answers.text_chunk(model.id, ""))
         for sent, token in enumerate(model.tokens):
             if model.fault == "die" and sent == model.die_after:
                 return answers.cut(request, response)
@@ -289,13 +298,15 @@ class MockNeuron(Node):
                 return response
             if model.token_gate is not None and sent >= model.free_tokens:
                 await model.token_gate.wait()
-            await response.write(answers.chunk(model.id, {"content": token}))
+            said = answers.chunk(model.id, {"content": token})
+            await response.write(said if is_chat else answers.text_chunk(model.id, token))
         finish = "stop"
         if model.tool_call is not None:
             call = {"index": 0, "id": "call_1", "type": "function", "function": model.tool_call}
             await response.write(answers.chunk(model.id, {"tool_calls": [call]}))
             finish = "tool_calls"
-        await response.write(answers.chunk(model.id, {}, finish))
+        end = answers.chunk(model.id, {}, finish)
+        await response.write(end if is_chat else answers.text_chunk(model.id, "", finish))
         await response.write(_last(model, asked, answers.scripted_usage(model)))
         if model.fault != "no_done":
             await response.write(SSE_DONE)
