@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from cortex import cli_host
 from cortex.core import logs
 from cortex.core.build import version
 from cortex.core.config import GATEWAY_PORT, METRICS_PORT, NEURON_PORT
@@ -72,6 +73,8 @@ def main() -> None:
       cortex serve  -c cortex.toml   on the gateway     (port 31313, metrics 31314)
       cortex status                  what is loaded where
       cortex plan MODEL              where a request for it would go, and why
+    Before a start:
+      cortex config check            whether the files in /etc/cortex can be used
     """
 
 
@@ -313,6 +316,9 @@ def usage(endpoint: str, key: str | None, as_json: bool) -> None:
     with _errors_as_messages():
         report = asyncio.run(fetch_usage(endpoint, key))
     print_usage(report, as_json=as_json)
+
+
+main.add_command(cli_host.config)
 
 
 @main.group()

@@ -17,6 +17,7 @@ from msgspec import Meta
 from cortex.core.command import CommandModel
 from cortex.core.entitlements import Entitlements, LimitsConfig
 from cortex.core.errors import ConfigError
+from cortex.core.hints import key_path, suggest
 from cortex.core.trust import Trust, settle_trust
 
 T = TypeVar("T")
@@ -398,11 +399,14 @@ def convert(tables: Any, kind: type[T], refused: Mapping[str, str], where: str) 
     """
     for path, why in refused.items():
         if _present(tables, path.split(".")):
-            raise ConfigError(f"{where}: `{path.replace('[]', '')}`: {why}")
+            key = path.replace("[]", "")
+            raise ConfigError(f"{where}: `{key}`: {why}", param=key)
     try:
         return msgspec.convert(tables, kind)
     except msgspec.ValidationError as exc:
-        raise ConfigError(f"{where}: {exc}") from exc
+        hint = suggest(str(exc), kind)
+        message = f"{where}: {exc}" if hint is None else f"{where}: {exc}; {hint}"
+        raise ConfigError(message, param=key_path(str(exc))) from exc
 
 
 def _present(tables: Any, path: list[str]) -> bool:
