@@ -85,8 +85,9 @@ class Ledger:
             seen = max((each for each in found if each is not None), default=None)
             if seen is None:
                 continue
-            if seen > claim.num_bytes:
-                self._claims[model_id] = replace(claim, num_bytes=seen)
+            self._claims[model_id] = replace(
+                claim, num_bytes=max(claim.num_bytes, seen), seen_bytes=seen
+            )
             is_new |= self._peaks.note(holder.key, seen - holder.cache_bytes)
         for device, num_bytes in self.drift(reading).items():
             self._warn(device, num_bytes)
@@ -216,7 +217,7 @@ class Ledger:
 
     def give_back(self, model_id: str) -> None:
         """Note that a model's engine is gone; its memory stays promised to the next one."""
-        self._claims[model_id] = replace(self._claims[model_id], is_taken=False)
+        self._claims[model_id] = replace(self._claims[model_id], is_taken=False, seen_bytes=None)
         self._holders.pop(model_id, None)
         self._watch()
 

@@ -36,6 +36,7 @@ class Claim:
 
     Attributes:
         num_bytes: on each of its devices.
+        seen_bytes: what its engine was last seen to hold there, None if it was not measured.
         more_devices: where a model spans several, those besides `device`.
     """
 
@@ -43,7 +44,15 @@ class Claim:
     device: int
     num_bytes: int
     is_taken: bool = False
+    seen_bytes: int | None = None
     more_devices: tuple[int, ...] = ()
+
+    @property
+    def returned_bytes(self) -> int:
+        """What its device shows as free once it is gone: a claim may be more than was touched."""
+        if not self.is_taken:
+            return 0
+        return self.num_bytes if self.seen_bytes is None else min(self.num_bytes, self.seen_bytes)
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -244,9 +253,7 @@ def free_bytes(device: DeviceMemory, claims: Sequence[Claim], leaving: Collectio
     """
     here = [each for each in claims if device.index in each.devices]
     staying = [each for each in here if each.model_id not in leaving]
-    returned = sum(each.num_bytes for each in here if each.is_taken) - sum(
-        each.num_bytes for each in staying if each.is_taken
-    )
+    returned = sum(each.returned_bytes for each in here if each.model_id in leaving)
     promised = sum(each.num_bytes for each in staying if not each.is_taken)
     by_reading = device.free_bytes + returned - promised
     by_claims = device.total_bytes - sum(each.num_bytes for each in staying)

@@ -77,6 +77,18 @@ def test_an_engine_that_takes_more_than_its_claim_raises_it(ledger, monitor):
     assert ledger.claim("m").num_bytes == 17 * GIB
 
 
+def test_a_load_for_which_a_victim_would_return_too_little_is_refused_before_it_leaves(
+    ledger, monitor
+):
+    # Claimed are 15 GiB, of which the engine touched 9; others hold 6.
+    load(ledger, monitor, wish())
+    ledger.measure(monitor.show(15, 0, m0=9))
+    with pytest.raises(InsufficientMemoryError) as caught:
+        ledger.hold(wish("n", 19), monitor.reading, (), {"m"})
+    assert caught.value.extras["free_bytes"] == 18 * GIB
+    ledger.hold(wish("n", 18), monitor.reading, (), {"m"})
+
+
 def test_the_next_placement_reckons_with_what_was_seen_beside_the_cache(ledger, monitor):
     load(ledger, monitor, wish())
     assert ledger.measure(monitor.show(18, 0, m0=18))

@@ -175,6 +175,14 @@ def test_memory_of_those_that_leave_is_free_for_the_one_they_leave_for():
         place(wish(gpu_bytes=23 * GIB), [device], claims, (), {"old"})
 
 
+def test_a_victim_returns_no_more_than_it_was_seen_to_hold():
+    seen = Claim(model_id="old", device=0, num_bytes=20 * GIB, is_taken=True, seen_bytes=8 * GIB)
+    assert free_bytes(gpu(0, 14), [seen], {"old"}) == 22 * GIB
+    assert free_bytes(gpu(0, 14), [seen]) == 4 * GIB
+    more = Claim(model_id="old", device=0, num_bytes=20 * GIB, is_taken=True, seen_bytes=21 * GIB)
+    assert free_bytes(gpu(0, 1), [more], {"old"}) == 21 * GIB
+
+
 def test_what_was_promised_to_another_is_not_free_although_a_victim_leaves():
     claims = [
         Claim(model_id="old", device=0, num_bytes=20 * GIB, is_taken=True),
