@@ -1,24 +1,19 @@
-"""The host behind a mock neuron's routes: devices, their ledger, loads, engines and faults."""
+"""What happens on a mock node: loads, evictions, engines and faults."""
 
 import asyncio
 import os
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from cortex.core.neuron_api import (
-    Device,
-    DeviceHealth,
-    Discovery,
     LoadProgress,
     LoadRequest,
     LoadResponse,
-    ModelInfo,
-    ModelLoad,
-    NeuronHealth,
 )
-from tests.support.mock_neuron.engine import Engine, Timebase
+from tests.support.mock_neuron.engine import Engine
 from tests.support.mock_neuron.faults import FaultCommand, Faults
-from tests.support.mock_neuron.script import GIB, MockModel, Seen
+from tests.support.mock_neuron.host import Host
+from tests.support.mock_neuron.script import MockModel, Seen
 
 # A load reports its progress this often, and a failed one is not begun again this soon.
 PROGRESS_S = 1.0
@@ -48,45 +43,28 @@ class _Job:
         self.load_s = 0.0
 
 
-class Node:
-    """Models on devices. Loads outlive their callers and are one at a time per model.
+class Node(Host):
+    """A host at work. Loads outlive their callers and are one at a time per model.
 
     Attributes:
-        status: `draining` while it takes nothing new.
         seen: the first MAX_SEEN requests.
         loads: every load asked for.
         starts: the models whose loads were begun, in order.
         recycled: the models whose engines were started again, in order.
-        cycles: loads and unloads so far.
         change: notified whenever something happens.
     """
 
-    def __init__(
-        self,
-        *models: MockModel,
-        total_bytes: int = 64 * GIB,
-        num_devices: int = 1,
-        time_scale: float = 1.0,
-    ) -> None:
-        self.models = {model.id: model for model in models}
-        self.total_bytes = total_bytes
-        self.devices = [
-            Device(index=index, name="Mock", vram_total_mb=total_bytes >> 20)
-            for index in range(num_devices)
-        ]
-        self.status: Literal["ok", "draining"] = "ok"
-        self.time = Timebase(time_scale)
+    def __init__(self, *models: MockModel, **host: Any) -> None:
+        super().__init__(*models, **host)
         self.faults = Faults()
         self.seen: list[Seen] = []
         self.loads: list[LoadRequest] = []
         self.starts: list[str] = []
         self.recycled: list[str] = []
-        self.cycles = 0
         self.requests = 0
         self.change = asyncio.Condition()
         self._jobs: dict[str, _Job] = {}
         self._failed_s: dict[str, float] = {}
-        self._tick = 0
         self._slow = 1.0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -108,8 +86,8 @@ class Node:
 
     def begin(self, model: MockModel) -> None:
         """Count a request in hand."""
-        self._tick += 1
-        model.used_tick = self._tick
+        self.tick += 1
+        model.used_tick = self.tick
         model.used_s = self.time.now_s()
         model.in_flight += 1
 
@@ -143,117 +121,6 @@ class Node:
         if not model.holds_memory and model.running is not None:
             model.running.die()
             model.running = None
-
-    # What is said of it.
-
-    def discovery(self) -> Discovery:
-        """Return what the host is."""
-        return Discovery(hostname="mock", devices=self.devices, memory_total_mb=65536)
-
-    def health(self) -> NeuronHealth:
-        """Return the work in hand and the devices' readings."""
-        loads = [self.load_of(model) for model in self.models.values() if model.status == "loaded"]
-        devices = []
-        for device in self.devices:
-            used_mb = (self.total_bytes - self.free_on(device.index)) >> 20
-            devices.append(
-                DeviceHealth(
-                    index=device.index,
-                    vram_used_mb=used_mb,
-                    vram_free_mb=device.vram_total_mb - used_mb,
-                    utilization_pct=12,
-                    temp_c=40,
-                )
-            )
-        return NeuronHealth(uptime_secs=1, status=self.status, devices=devices, models=loads)
-
-    def load_of(self, model: MockModel) -> ModelLoad:
-        """Return a loaded model's work in hand."""
-        engine = model.running
-        if engine is None:
-            return ModelLoad(
-                id=model.id,
-                in_flight=model.requests,
-                queue_depth=model.queue_depth,
-                max_in_flight=8,
-                max_queue_depth=64,
-                free_slots=8 - model.requests,
-                rejected_queue_full=3,
-                tok_s_decode=50.0,
-            )
-        spec = engine.spec
-        return ModelLoad(
-            id=model.id,
-            in_flight=engine.in_flight,
-            queue_depth=engine.queue_depth,
-            max_in_flight=spec.max_num_seqs,
-            max_queue_depth=spec.max_queue_depth,
-            free_slots=spec.max_num_seqs - engine.in_flight,
-            free_kv_blocks=engine.cache.free_blocks,
-            total_kv_blocks=spec.num_blocks,
-            rejected_queue_full=engine.rejected,
-            tok_s_prefill=spec.prefill_tok_s,
-            tok_s_decode=1 / (spec.step_s + spec.step_per_seq_s),
-        )
-
-    def info(self, model: MockModel) -> ModelInfo:
-        """Return a model as the listing has it."""
-        return ModelInfo(
-            id=model.id,
-            harness="torch",
-            status=model.status,
-            devices=[model.device] if model.holds_memory else [],
-            weight_bytes=model.memory_bytes,
-            capabilities=model.capabilities,
-            limit=model.limit,
-            servable=model.servable,
-            progress=model.progress,
-            error=model.error,
-            in_flight=model.requests,
-            last_used_s=self._idle_s(model),
-            resident_s=self._resident_s(model),
-            engine_cycles=self.cycles - model.cycles_at_start if model.holds_memory else None,
-            ttl_s=model.wish.ttl_s,
-            min_resident_s=model.wish.min_resident_s,
-            pinned=model.wish.pinned,
-            priority=model.wish.priority,
-            prefix_match=_prefix_match(model),
-        )
-
-    def _resident_s(self, model: MockModel) -> float | None:
-        if model.status != "loaded" or model.loaded_s is None:
-            return None
-        return self.time.now_s() - model.loaded_s
-
-    def _may_leave(self, model: MockModel) -> bool:
-        """Whether a model may be evicted: idle, not pinned, and there for long enough."""
-        resident_s = self._resident_s(model)
-        return (
-            model.status == "loaded"
-            and model.requests == 0
-            and not model.wish.pinned
-            and (resident_s is None or resident_s >= model.wish.min_resident_s)
-        )
-
-    def _idle_s(self, model: MockModel) -> float | None:
-        return None if model.used_tick is None else float(self._tick - model.used_tick)
-
-    # Memory.
-
-    @property
-    def free_bytes(self) -> int:
-        """Memory of the emptiest device that no model holds."""
-        return max(self.free_on(device.index) for device in self.devices)
-
-    def free_on(self, device: int) -> int:
-        """Memory of a device that no model holds; never negative."""
-        held = sum(
-            model.memory_bytes
-            for model in self.models.values()
-            if model.holds_memory and model.device == device
-        )
-        assert held <= self.total_bytes, f"device {device} is overbooked"
-        return self.total_bytes - held
 
     async def load(self, wish: LoadRequest) -> LoadResponse:
         """Load a model or join its load.
@@ -294,7 +161,7 @@ class Node:
         idle = [
             self.models[name]
             for name in wish.evict
-            if name in self.models and self._may_leave(self.models[name])
+            if name in self.models and self.may_leave(self.models[name])
         ]
         indices = wish.devices or [device.index for device in self.devices]
         room = {
@@ -322,7 +189,7 @@ class Node:
                 "device": each.device,
                 "bytes": each.memory_bytes,
                 "in_flight": each.requests,
-                "last_used_s": self._idle_s(each),
+                "last_used_s": self.idle_s(each),
             }
             for each in self.models.values()
             if each.holds_memory
@@ -429,8 +296,6 @@ class Node:
                 return
             await self.time.sleep(max(left_s, EXPIRE_CHECK_S))
 
-    # Engines and what goes wrong.
-
     def _start_engine(self, model: MockModel) -> None:
         if model.engine is None or model.running is not None:
             return
@@ -485,9 +350,3 @@ class Node:
         except RefusedError as exc:
             self.set_status(model.id, "failed", exc.message)
         await self.changed()
-
-
-def _prefix_match(model: MockModel) -> Literal["block", "snapshot"] | None:
-    if model.engine is None:
-        return None
-    return "block" if model.engine.snapshot_tokens is None else "snapshot"
