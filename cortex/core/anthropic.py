@@ -6,11 +6,14 @@ those that would be lost.
 """
 
 import datetime
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from cortex.core.decode import decode_query
 from cortex.core.errors import CortexError
 from cortex.core.openai import (
     MAX_MESSAGES,
@@ -20,6 +23,8 @@ from cortex.core.openai import (
     ModelCard,
     StopString,
 )
+
+MAX_PAGE_MODELS = 1000
 
 PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 
@@ -247,8 +252,32 @@ class ModelInfo(msgspec.Struct, kw_only=True, frozen=True):
     max_tokens: int | None = None
 
 
+class ModelsQuery(msgspec.Struct, kw_only=True, frozen=True):
+    """Which part of the models a caller wants; without a limit it is as many as a page may have.
+
+    Attributes:
+        lifecycle: stages that are wanted; none means all.
+    """
+
+    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE_MODELS)] = MAX_PAGE_MODELS
+    after_id: str | None = None
+    before_id: str | None = None
+    lifecycle: list[Literal["active", "deprecated", "retired"]] = []
+
+    def __post_init__(self) -> None:
+        if self.after_id is not None and self.before_id is not None:
+            raise ValueError("before_id and after_id exclude each other; give one of them")
+
+
+ALL_MODELS = ModelsQuery()
+
+
 class ModelPage(msgspec.Struct, kw_only=True, frozen=True):
-    """`/v1/models`; always one page."""
+    """`/v1/models`.
+
+    Attributes:
+        has_more: whether there are further models in the direction that was asked for.
+    """
 
     data: list[ModelInfo]
     has_more: bool = False
@@ -268,11 +297,43 @@ def model_info(card: ModelCard) -> ModelInfo:
     )
 
 
-def model_list(cards: list[ModelCard]) -> ModelPage:
-    """Return all models as one page."""
-    data = [model_info(card) for card in cards]
+def parse_models_query(parameters: Iterable[tuple[str, str]]) -> ModelsQuery:
+    """Decode the query of a listing; unknown parameters are ignored.
+
+    Raises:
+        BadRequestError: a parameter is out of bounds or contradicts another.
+    """
+    fields: dict[str, object] = {}
+    stages: list[str] = []
+    for name, value in parameters:
+        if name in ("lifecycle", "lifecycle[]"):
+            stages.append(value)
+        else:
+            fields[name] = value
+    return decode_query(ModelsQuery, {**fields, "lifecycle": stages})
+
+
+def model_list(cards: list[ModelCard], query: ModelsQuery = ALL_MODELS) -> ModelPage:
+    """Return a page of models.
+
+    Args:
+        cards: all there are, sorted by id. A cursor need not be one of them: models come and go
+            while somebody reads page by page.
+    """
+    # Whatever is listed can be used, so other stages have no models.
+    listed = cards if not query.lifecycle or "active" in query.lifecycle else []
+    begin, end = 0, len(listed)
+    if query.after_id is not None:
+        begin = bisect_right(listed, query.after_id, key=lambda card: card.id)
+    if query.before_id is not None:
+        end = bisect_left(listed, query.before_id, key=lambda card: card.id)
+        page = listed[max(begin, end - query.limit) : end]
+    else:
+        page = listed[begin : begin + query.limit]
+    data = [model_info(card) for card in page]
     return ModelPage(
         data=data,
+        has_more=len(page) < end - begin,
         first_id=data[0].id if data else None,
         last_id=data[-1].id if data else None,
     )

@@ -1,6 +1,7 @@
 """Decode JSON bodies; what is wrong with one comes out as an error that names the field."""
 
 import re
+from collections.abc import Mapping
 from typing import TypeVar
 
 import msgspec
@@ -40,6 +41,18 @@ def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         reason = str(exc) or "it is nested too deeply"
         what = "is empty" if not body.strip() else f"is not valid JSON: {reason}"
         raise MalformedJsonError(f"the request body {what}") from exc
+
+
+def decode_query(kind: type[T], fields: Mapping[str, object]) -> T:
+    """Convert the parameters of a query, which come as text.
+
+    Raises:
+        BadRequestError: one is of the wrong type or out of bounds; `param` names it.
+    """
+    try:
+        return msgspec.convert(fields, kind, strict=False)
+    except msgspec.ValidationError as exc:
+        raise _bad_request(str(exc)) from exc
 
 
 def _bad_request(text: str) -> BadRequestError:

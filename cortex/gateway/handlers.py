@@ -64,6 +64,7 @@ class _TokenizeRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     model: str
     messages: list[openai.Message]
     tools: list[openai.Tool] | None = None
+    tool_choice: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -134,7 +135,8 @@ class Handlers:
             if self._allows(caller, card.id)
         ]
         if dialect_of(request.scope) == "anthropic":
-            return json_response(anthropic.model_list(cards))
+            query = anthropic.parse_models_query(request.query_params.multi_items())
+            return json_response(anthropic.model_list(cards, query))
         return json_response(openai.ModelList(data=cards))
 
     async def _model(self, request: Request, caller: Caller) -> Response:
@@ -293,6 +295,8 @@ class Handlers:
             model=chat.model,
             messages=chat.messages,
             tools=chat.tools,
+            # The one choice that changes a prompt: it hides the tools.
+            tool_choice="none" if chat.tool_choice == "none" else None,
             chat_template_kwargs=chat.chat_template_kwargs,
         )
         ask = Ask(

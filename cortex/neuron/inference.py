@@ -143,6 +143,7 @@ class Inference:
                 model=request.model,
                 messages=request.messages,
                 tools=request.tools,
+                tool_choice=request.tool_choice,
                 chat_template_kwargs=request.chat_template_kwargs,
             )
             ids = await self._in_thread(prompt_ids, chat_request, chat)

@@ -1,5 +1,7 @@
 """Wire structs of `POST /v1/tokenize`."""
 
+from typing import Literal
+
 import msgspec
 
 from cortex.core.openai import Message, Tool
@@ -12,6 +14,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, frozen=True):
     messages: list[Message] | None = None
     prompt: str | None = None
     tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
     chat_template_kwargs: dict[str, object] | None = None
     return_tokens: bool = False
 

@@ -6,7 +6,7 @@ import pytest
 
 from cortex.core import anthropic, errors
 from cortex.core.anthropic import CountTokensRequest, MessagesRequest
-from cortex.core.errors import CortexError, RemoteError
+from cortex.core.errors import BadRequestError, CortexError, RemoteError
 from cortex.core.openai import ModelCard
 
 USER = {"role": "user", "content": "hi"}
@@ -89,6 +89,52 @@ def test_models_are_listed_as_one_page_that_the_sdk_reads():
     }
     for entry in page["data"]:
         sdk.types.ModelInfo.model_validate(entry)
+
+
+def page_of(*parameters: tuple[str, str], ids: str = "abcde"):
+    query = anthropic.parse_models_query(parameters)
+    page = anthropic.model_list([ModelCard(id=each) for each in ids], query)
+    assert (page.first_id, page.last_id) == (
+        (page.data[0].id, page.data[-1].id) if page.data else (None, None)
+    )
+    return "".join(each.id for each in page.data), page.has_more
+
+
+def test_models_are_paged_forwards_and_backwards():
+    assert page_of(("limit", "2")) == ("ab", True)
+    assert page_of(("limit", "2"), ("after_id", "b")) == ("cd", True)
+    assert page_of(("limit", "2"), ("after_id", "d")) == ("e", False)
+    assert page_of(("after_id", "e")) == ("", False)
+    assert page_of(("limit", "2"), ("before_id", "e")) == ("cd", True)
+    assert page_of(("limit", "2"), ("before_id", "c")) == ("ab", False)
+    assert page_of(("before_id", "a")) == ("", False)
+    assert page_of(("limit", "5"), ("beta", "true")) == ("abcde", False)
+
+
+def test_a_model_that_has_left_the_list_is_still_a_place_in_it():
+    assert page_of(("limit", "2"), ("after_id", "c"), ids="abde") == ("de", False)
+    assert page_of(("limit", "1"), ("before_id", "c"), ids="abde") == ("b", True)
+
+
+def test_all_that_is_listed_is_active():
+    assert page_of(("lifecycle[]", "active"), ("lifecycle[]", "retired")) == ("abcde", False)
+    assert page_of(("lifecycle", "retired")) == ("", False)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "param"),
+    [
+        ([("limit", "0")], "limit"),
+        ([("limit", "1001")], "limit"),
+        ([("limit", "many")], "limit"),
+        ([("after_id", "a"), ("before_id", "b")], "before_id"),
+        ([("lifecycle", "unborn")], "lifecycle[0]"),
+    ],
+)
+def test_a_page_that_cannot_be_is_refused_by_name(parameters: list[tuple[str, str]], param: str):
+    with pytest.raises(BadRequestError) as caught:
+        anthropic.parse_models_query(parameters)
+    assert caught.value.param == param
 
 
 def test_no_models_are_a_page_too():

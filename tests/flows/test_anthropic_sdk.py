@@ -169,3 +169,9 @@ def test_models_are_listed_in_the_dialects_own_shape(anthropic_client: Anthropic
     assert MODEL in [model.id for model in page.data]
     assert page.data[0].type == "model"
     assert page.has_more is False
+    one_by_one = [model.id for model in anthropic_client.models.list(limit=1)]
+    assert one_by_one == [model.id for model in page.data]
+    assert anthropic_client.models.retrieve(MODEL).display_name == MODEL
+    with pytest.raises(anthropic.BadRequestError) as caught:
+        anthropic_client.models.list(limit=0)
+    assert caught.value.body["error"]["type"] == "invalid_request_error"

@@ -201,6 +201,21 @@ async def test_tokens_are_counted_by_a_node_without_loading_the_model() -> None:
             assert neuron.loads == []
 
 
+async def test_tools_that_a_choice_hides_are_told_to_be_hidden_when_counting() -> None:
+    async with MockNeuron(MockModel("m")) as neuron:
+        async with run_gateway({"a": neuron.endpoint}) as gateway:
+            for kind, told in (("none", "none"), ("auto", None), ("any", None)):
+                body = {
+                    "model": "m",
+                    "messages": [{"role": "user", "content": "Hi"}],
+                    "tools": [{"name": "t", "input_schema": {"type": "object"}}],
+                    "tool_choice": {"type": kind},
+                }
+                response = await gateway.post("/v1/messages/count_tokens", body)
+                assert response.status == 200
+                assert neuron.seen[-1].json.get("tool_choice") == told
+
+
 async def test_counting_for_an_unknown_model_is_404_and_without_nodes_503() -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
     async with MockNeuron() as neuron, run_gateway({"a": neuron.endpoint}) as gateway:

@@ -1,6 +1,10 @@
 """The model listing and the health report, over HTTP."""
 
+import anthropic
+import pytest
+
 from cortex.core.catalogue import Catalogue, CatalogueModel
+from cortex.core.entitlements import ApiKey, Entitlements
 from cortex.core.neuron_api import Cost, Limit, Servable
 from tests.support.gateway import run_gateway
 from tests.support.mock_neuron import MockModel, MockNeuron
@@ -139,3 +143,28 @@ async def test_the_listing_has_the_anthropic_shape_for_anthropic_callers() -> No
             assert response.status == 404
             body = await response.json()
             assert (body["type"], body["error"]["type"]) == ("error", "not_found_error")
+
+
+async def test_the_sdk_reads_the_models_of_its_key_page_by_page() -> None:
+    names = ["org/a", "org/b", "org/c", "org/d", "z"]
+    keys = [ApiKey(key="k", account_id="a", models=["org/*"])]
+    entitlements = Entitlements(require_auth=True, keys=keys)
+    async with MockNeuron(*(MockModel(name) for name in names)) as neuron:
+        async with run_gateway({"a": neuron.endpoint}, entitlements=entitlements) as gateway:
+            async with anthropic.AsyncAnthropic(
+                base_url=gateway.url, api_key="k", max_retries=0
+            ) as client:
+                page = await client.models.list(limit=3)
+                assert [model.id for model in page.data] == ["org/a", "org/b", "org/c"]
+                assert page.has_more
+                paged = [model.id async for model in client.models.list(limit=3)]
+                assert paged == ["org/a", "org/b", "org/c", "org/d"]
+                back = [model.id async for model in client.models.list(limit=2, before_id="z")]
+                assert back == ["org/c", "org/d", "org/a", "org/b"]
+                assert (await client.models.retrieve("org/b")).id == "org/b"
+                with pytest.raises(anthropic.NotFoundError):
+                    await client.models.retrieve("z")
+                with pytest.raises(anthropic.BadRequestError):
+                    await client.models.list(limit=0)
+                with pytest.raises(anthropic.BadRequestError):
+                    await client.models.list(after_id="a", before_id="b")
