@@ -11,12 +11,16 @@ from cortex.core.openai import MAX_CHOICES, GenerationRequest, Usage, kept
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 128
+MAX_PROMPT_TOKENS = 1 << 21
 # Of all prompts together, those that `best_of` drops included.
 MAX_ANSWERS = 128
 MAX_LOGPROBS = 20
 
 _WHITE_SPACE = b" \t\r\n"
 _SEVERAL = (b'"', b"[")
+
+
+TokenIds = Annotated[list[int], Meta(max_length=MAX_PROMPT_TOKENS)]
 
 
 class CompletionRequest(GenerationRequest, kw_only=True, frozen=True):
@@ -28,7 +32,7 @@ class CompletionRequest(GenerationRequest, kw_only=True, frozen=True):
         logprobs: how many rivals of each token are told; 0 tells the token's own alone.
     """
 
-    prompt: str | list[str | int | list[int]]
+    prompt: str | Annotated[list[str | int | TokenIds], Meta(max_length=MAX_PROMPT_TOKENS)]
     suffix: str | None = None
     echo: bool | None = None
     best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None

@@ -8,6 +8,7 @@ import pytest
 from tests.support.processes import Cortex
 
 CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
 MESSAGES = "/v1/messages"
 OK = {"model": "cortex-tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 
@@ -75,6 +76,34 @@ async def test_the_same_faults_on_a_stream_are_plain_http_errors(
     got, answer = await post(up, CHAT, {**body, "stream": True})
     assert got == status
     assert answer["error"]["code"] == code
+
+
+TEXT_CASES = [
+    (b"{not json", 400, "malformed_json", "JSON"),
+    ({"prompt": "hi"}, 400, "missing_model_field", "model"),
+    ({"model": "no-such-model", "prompt": "hi"}, 404, "model_not_found", "no-such-model"),
+    ({"model": "cortex-tiny"}, 400, "invalid_request", "prompt"),
+    ({"model": "cortex-tiny", "prompt": {"text": "hi"}}, 400, "invalid_request", "prompt"),
+    ({"model": "cortex-tiny", "prompt": ["a", 1]}, 400, "invalid_request", "prompt"),
+    ({"model": "cortex-tiny", "prompt": [-1]}, 400, "invalid_request", "prompt"),
+    ({"model": "cortex-tiny", "prompt": ""}, 400, "invalid_request", "prompt"),
+    ({"model": "cortex-tiny", "prompt": "hi", "stop": 4}, 400, "invalid_request", "stop"),
+    ({"model": "cortex-tiny", "prompt": "hi", "suffix": "x"}, 400, "unsupported_field", "suffix"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("body", "status", "code", "word"), TEXT_CASES)
+async def test_text_completions_say_what_is_wrong(
+    up: Cortex, body: object, status: int, code: str, word: str, stream: bool
+):
+    got, answer = await post(
+        up, TEXT, {**body, "stream": stream} if isinstance(body, dict) else body
+    )
+    assert got == status
+    assert answer["error"]["code"] == code
+    assert word in answer["error"]["message"] + str(answer["error"]["param"])
+    assert answer["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize(

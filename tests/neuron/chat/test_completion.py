@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import processors
 
 from cortex.core.completions import CompletionRequest
@@ -20,7 +22,7 @@ from cortex.neuron.chat.completion import (
 from cortex.neuron.chat.model import ChatModel
 from cortex.neuron.chat.tokenizer import ChatTokenizer
 from cortex.neuron.engine.protocol import Logprob, TokenEvent
-from tests.support.chat_models import END_ID, make_chat_model, train_tokenizer
+from tests.support.chat_models import END_ID, PROPERTY, make_chat_model, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +181,36 @@ def test_a_stop_text_ends_the_answer_before_it_and_is_named(model: ChatModel) ->
     last = chunks[-1]["choices"][0]
     assert text_of(chunks) == " is "
     assert (last["finish_reason"], last["stop_reason"]) == ("stop", "bl")
+
+
+PIECES = ["a", "b", "é", "🎉", " ", "<think>", "STOP", "ST"]
+
+
+@PROPERTY
+@given(
+    text=st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
+    size=st.integers(1, 5),
+    stops=st.sampled_from([None, "STOP", ["STOP", "🎉"]]),
+    is_cut=st.booleans(),
+)
+def test_however_tokens_come_a_stream_adds_up_to_the_whole_reply(
+    model: ChatModel, text: str, size: int, stops: Any, is_cut: bool
+) -> None:
+    prepared = prepare_texts(request(stop=stops), model)
+    ids = model.tokenizer.encode(text) + ([] if is_cut else [END_ID])
+    cuts = [ids[at : at + size] for at in range(0, len(ids), size)] or [[]]
+    finish = "length" if is_cut else "stop"
+    sent = [TokenEvent(request_id=1, token_ids=each) for each in cuts[:-1]]
+    sent.append(TokenEvent(request_id=1, token_ids=cuts[-1], finish=finish))
+    (choice,) = collected(prepared, sent).choices
+    chunks = streamed(prepared, sent)
+    assert text_of(chunks) == choice.text
+    reasons = [each["choices"][0]["finish_reason"] for each in chunks]
+    assert [each for each in reasons if each] == [choice.finish_reason]
+    wanted = [stops] if isinstance(stops, str) else stops or []
+    assert not any(stop in choice.text for stop in wanted)
+    assert text.startswith(choice.text)
+    assert choice.stop_reason is not None or choice.text == text
 
 
 def test_thoughts_and_calls_are_text_like_any_other(model: ChatModel) -> None:
