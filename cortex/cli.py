@@ -1,4 +1,4 @@
-"""The `cortex` command: serve, neuron, up, status, keys. Each imports its half when it runs."""
+"""The `cortex` command. Each subcommand imports its half when it runs."""
 
 import asyncio
 import logging
@@ -75,6 +75,7 @@ def main() -> None:
       cortex plan MODEL              where a request for it would go, and why
     Before a start:
       cortex config check            whether the files in /etc/cortex can be used
+      cortex doctor                  what would keep this host from serving, and the remedy
     """
 
 
@@ -319,6 +320,7 @@ def usage(endpoint: str, key: str | None, as_json: bool) -> None:
 
 
 main.add_command(cli_host.config)
+main.add_command(cli_host.doctor)
 
 
 @main.group()

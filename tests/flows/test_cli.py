@@ -22,7 +22,8 @@ def test_version_names_the_package_and_torch(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "neuron", "up", "status", "plan", "why", "usage", "keys"]
+    "command",
+    ["serve", "neuron", "up", "status", "plan", "why", "usage", "keys", "config", "doctor"],
 )
 def test_help_explains_each_command(tmp_path: Path, command: str):
     done = run_cortex(tmp_path, command, "--help")
