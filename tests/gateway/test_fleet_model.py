@@ -284,7 +284,7 @@ def _is_proper(body: bytes) -> bool:
 
 
 FleetMachine.TestCase.settings = settings(
-    max_examples=25,
+    max_examples=50,
     stateful_step_count=40,
     deadline=None,
     # The same orders on every run; more of them are tried by hand, with more examples.
