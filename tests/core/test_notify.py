@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from cortex.core.config import child_environment, foreign_environment, service_environment
 from cortex.core.notify import Notifier
 from cortex.core.serve import feed_watchdog, told
 from tests.support import virtual_time
@@ -145,3 +146,12 @@ def test_a_long_end_is_told_and_extended_until_it_is_over(manager: ServiceManage
         {"STOPPING": "1", "STATUS": "draining, for 90 s at most"},
         *[{"EXTEND_TIMEOUT_USEC": "20000000"}] * 3,
     ]
+
+
+def test_what_is_between_a_service_and_its_manager_stays_there(monkeypatch: pytest.MonkeyPatch):
+    told = {"NOTIFY_SOCKET": "/run/notify", "WATCHDOG_USEC": "1", "STATE_DIRECTORY": "/var/lib/x"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert told.items() <= service_environment().items()
+    assert not told.keys() & child_environment({}).keys()
+    assert not told.keys() & foreign_environment().keys()
