@@ -212,9 +212,16 @@ def test_models_of_higher_priority_do_not_count_as_room() -> None:
     assert order(choose_route(snapshot, listed, "m")) == ["b", "a"]
 
 
-def test_the_most_free_memory_wins_among_fits() -> None:
-    snapshot = fleet(node("a", free_mb=9000), node("b", free_mb=12000))
+def test_clearly_more_free_memory_wins_among_fits() -> None:
+    snapshot = fleet(node("a", free_mb=9000), node("b", free_mb=24000))
     assert order(choose_route(snapshot, catalogue(vram_mb=8000), "m")) == ["b", "a"]
+
+
+def test_readings_of_another_moment_do_not_change_the_choice() -> None:
+    earlier = fleet(node("a", free_mb=20100), node("b", free_mb=20300))
+    later = fleet(node("a", free_mb=20300), node("b", free_mb=20100))
+    for snapshot in (earlier, later):
+        assert order(choose_route(snapshot, catalogue(vram_mb=8000), "m")) == ["a", "b"]
 
 
 def test_pinned_on_is_where_a_model_loads_and_nowhere_else() -> None:
