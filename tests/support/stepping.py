@@ -1,6 +1,7 @@
 """Runs sequences through a model the way the engine does, with blocks scattered on purpose."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,8 @@ class Stepper:
         order = sorted(range(len(work)), key=lambda i: len(work[i][1]) > 1)
         batched = tuple(work[i] for i in order)
         with torch.inference_mode():
-            logits = self.model.forward(self._batch(batched, last_only=last_only), self.caches)
+            batch = self._batch(batched, last_only=last_only)
+            logits = self.model.forward(batch, self.caches).cpu()
         for sequence, tokens in work:
             sequence.length += len(tokens)
         parts = logits.split([1 if last_only else len(tokens) for _, tokens in batched])
@@ -76,15 +78,19 @@ class Stepper:
             ends.append(len(positions))
         tables = [s.blocks + [-1] * (widest - len(s.blocks)) for s, _ in work]
         rows = [end - 1 for end in ends] if last_only else list(range(len(positions)))
+
+        def on_device(values: list[Any]) -> Tensor:
+            return torch.tensor(values, device=self.model.device)
+
         return StepBatch(
-            token_ids=torch.tensor([token for _, tokens in work for token in tokens]),
-            positions=torch.tensor(positions),
+            token_ids=on_device([token for _, tokens in work for token in tokens]),
+            positions=on_device(positions),
             query_lens=tuple(len(tokens) for _, tokens in work),
             context_lens=tuple(sequence.length for sequence, _ in work),
-            query_starts=torch.tensor([0, *ends]),
-            kv_slots=torch.tensor(kv_slots),
-            block_tables=torch.tensor(tables),
-            state_slots=torch.tensor([sequence.slot for sequence, _ in work]),
+            query_starts=on_device([0, *ends]),
+            kv_slots=on_device(kv_slots),
+            block_tables=on_device(tables),
+            state_slots=on_device([sequence.slot for sequence, _ in work]),
             fresh_slots=tuple(s.slot for s, _ in work if s.length == 0 and s.slot >= 0),
-            logit_rows=torch.tensor(rows),
+            logit_rows=on_device(rows),
         )

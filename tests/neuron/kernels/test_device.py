@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cortex.neuron.kernels import extension
 from tests.support import gdn_cases
 from tests.support.gdn_cases import Heads, StepCase
 
@@ -25,6 +26,11 @@ CASE = StepCase(
     heads=Heads(k_heads=2, v_heads=4, k_dim=128, v_dim=128),
     dtype=torch.bfloat16,
 )
+
+
+@pytest.fixture(autouse=True)
+def _operators():
+    assert extension.serves(torch.device("cuda"))
 
 
 def test_a_captured_decode_step_goes_on_where_it_stopped_when_it_is_replayed():

@@ -30,25 +30,42 @@ VARIANTS = {
     "qwen3_5-wrapper": functools.partial(checkpoints.qwen3_5_wrapper),
     "qwen3_5-sharded": functools.partial(checkpoints.qwen3_5_text, shard_bytes=100_000),
     "qwen3_5-bfloat16": functools.partial(checkpoints.qwen3_5_text, dtype=torch.bfloat16),
+    "qwen3_5-heads-of-128": functools.partial(
+        checkpoints.qwen3_5_text,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_num_value_heads=6,
+    ),
     "qwen3_5-eight-layers": functools.partial(
         checkpoints.qwen3_5_text, num_hidden_layers=8, linear_num_value_heads=6
     ),
 }
 
 
-def load(directory):
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def load(directory, device, dtype=None):
     source = detect(directory)
     assert source is not None
     return load_causal_lm(
-        source, device=torch.device("cpu"), dtype=None, progress=lambda done, total: None
+        source, device=torch.device(device), dtype=dtype, progress=lambda done, total: None
     )
 
 
 @functools.cache
-def _pair(name, root):
-    directory = root / name
-    oracle = VARIANTS[name](directory)
-    return oracle, load(directory)
+def _oracle(name, root):
+    return VARIANTS[name](root / name)
+
+
+@functools.cache
+def _pair(name, root, device):
+    return _oracle(name, root), load(root / name, device)
+
+
+@pytest.fixture(params=DEVICES, scope="module")
+def device(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +74,13 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(params=VARIANTS)
-def pair(request, root):
-    return _pair(request.param, root)
+def pair(request, root, device):
+    return _pair(request.param, root, device)
 
 
 @pytest.fixture(params=["llama", "qwen3_5"])
-def family(request, root):
-    return _pair(request.param, root)
+def family(request, root, device):
+    return _pair(request.param, root, device)
 
 
 def prompt(length, seed=1):
@@ -194,8 +211,8 @@ def test_a_reused_slot_and_reused_blocks_leak_nothing(family, first_chunk):
     assert_same(torch.cat(got), want_logits(oracle, tokens))
 
 
-def test_a_padding_slot_disturbs_neither_states_nor_other_rows(root):
-    oracle, model = _pair("qwen3_5", root)
+def test_a_padding_slot_disturbs_neither_states_nor_other_rows(root, device):
+    oracle, model = _pair("qwen3_5", root, device)
     stepper = Stepper(model)
     real, padding = Sequence(slot=0), Sequence(slot=-1)
     tokens = prompt(20)
@@ -217,13 +234,10 @@ def test_only_the_wanted_rows_get_logits(family):
     assert [x.shape for x in logits] == [(1, checkpoints.VOCAB_SIZE)] * 2
 
 
-def test_a_bfloat16_model_stays_near_its_float32_twin(root):
-    oracle, _ = _pair("qwen3_5-bfloat16", root)
-    source = detect(root / "qwen3_5-bfloat16")
-    assert source is not None
-    model = load_causal_lm(
-        source, device=torch.device("cpu"), dtype=torch.bfloat16, progress=lambda done, total: None
-    )
+@pytest.mark.parametrize("name", ["qwen3_5-bfloat16", "qwen3_5-heads-of-128"])
+def test_a_bfloat16_model_stays_near_its_float32_twin(name, root, device):
+    oracle = _oracle(name, root)
+    model = load(root / name, device, torch.bfloat16)
     tokens = prompt(70)
     stepper, sequence = Stepper(model), Sequence(slot=0)
     assert stepper.caches.keys.dtype == torch.bfloat16
@@ -235,7 +249,7 @@ def test_a_bfloat16_model_stays_near_its_float32_twin(root):
 
 
 def test_loaded_bytes_and_limits_are_stated(root):
-    _, model = _pair("qwen3_5", root)
+    _, model = _pair("qwen3_5", root, "cpu")
     assert model.vocab_size == 500
     assert model.max_position_embeddings == 4096
     assert model.weight_bytes == 4 * 242_272
