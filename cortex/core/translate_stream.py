@@ -13,9 +13,18 @@ from typing import Literal
 
 import msgspec
 
-from cortex.core import anthropic, errors
-from cortex.core.errors import CortexError, RemoteError, UpstreamMalformedError
-from cortex.core.openai import MAX_TOOLS, FunctionDelta, Usage, parse_error, read_usage_comment
+from cortex.core import anthropic
+from cortex.core.chunks import (
+    NOT_DECODABLE,
+    CallPiece,
+    ChoicePiece,
+    decode_chunk,
+    is_new_call,
+    is_whole_object,
+    told_error,
+)
+from cortex.core.errors import CortexError, UpstreamMalformedError
+from cortex.core.openai import MAX_TOOLS, read_usage_comment
 from cortex.core.sse import SseEvent, SseSplitter
 from cortex.core.translate import SIGNATURE, message_id, new_tool_id, stop_reason, usage_of
 
@@ -30,48 +39,7 @@ _DELTA = {
     "text": b'{"type":"text_delta","text":',
     "tool_use": b'{"type":"input_json_delta","partial_json":',
 }
-_STATUS_BY_CODE = {
-    cls.code: cls.status
-    for cls in vars(errors).values()
-    if isinstance(cls, type) and issubclass(cls, CortexError)
-}
-_STATUS_BY_KIND = {"invalid_request_error": 400, "rate_limit_error": 429, "overloaded_error": 503}
-
-
-# The few fields of a chunk that count here, read leniently: this runs once per token, and other
-# engines send null, or nothing, where ours sends a value.
-
-
-class _Call(msgspec.Struct, kw_only=True, frozen=True, gc=False):
-    index: int | None = None
-    id: str | None = None
-    function: FunctionDelta | None = None
-
-
-class _Delta(msgspec.Struct, kw_only=True, frozen=True):
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    tool_calls: list[_Call] | None = None
-
-
-class _Choice(msgspec.Struct, kw_only=True, frozen=True):
-    index: int | None = 0
-    delta: _Delta | None = None
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-
-
-class _Chunk(msgspec.Struct, kw_only=True, frozen=True):
-    id: str | None = None
-    choices: list[_Choice]
-    usage: Usage | None = None
-
-
-_decode_chunk = msgspec.json.Decoder(_Chunk).decode
-_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
-_NOT_DECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,13 +60,7 @@ class _Block:
         """Whether something else may follow: a call has to be complete for that."""
         if self.kind != "tool_use":
             return True
-        if not self.pieces or not self.pieces[-1].rstrip().endswith("}"):
-            return False
-        try:
-            _decode_fields("".join(self.pieces))
-        except _NOT_DECODABLE:
-            return False
-        return True
+        return is_whole_object(self.pieces)
 
 
 class StreamTranslator:
@@ -183,9 +145,9 @@ class StreamTranslator:
             out.append(self.end())
             return
         try:
-            chunk = _decode_chunk(event.data)
-        except _NOT_DECODABLE as exc:
-            error = _told_error(event)
+            chunk = decode_chunk(event.data)
+        except NOT_DECODABLE as exc:
+            error = told_error(event)
             if error is None:
                 raise UpstreamMalformedError(f"an event is not a chat chunk: {exc}") from exc
             out.append(self.fail(error))
@@ -198,7 +160,7 @@ class StreamTranslator:
             if not choice.index:
                 self._take(choice, out)
 
-    def _take(self, choice: _Choice, out: list[bytes]) -> None:
+    def _take(self, choice: ChoicePiece, out: list[bytes]) -> None:
         delta = choice.delta
         if delta is not None:
             thought = delta.reasoning_content or delta.reasoning
@@ -222,10 +184,9 @@ class StreamTranslator:
             self._advance(out)
         self._add(block, text, out)
 
-    def _add_call(self, call: _Call, out: list[bytes]) -> None:
-        name = (call.function.name if call.function else None) or ""
-        arguments = (call.function.arguments if call.function else None) or ""
-        block = self._call_of(call, name)
+    def _add_call(self, call: CallPiece, out: list[bytes]) -> None:
+        name, arguments = call.name, call.arguments
+        block = self._call_of(call)
         if block is None:
             if len(self._calls) == MAX_CALLS:
                 raise UpstreamMalformedError(f"the answer has over {MAX_CALLS} tool calls")
@@ -246,18 +207,11 @@ class StreamTranslator:
         if len(self._queue) > 1:
             self._advance(out)
 
-    def _call_of(self, call: _Call, name: str) -> _Block | None:
-        """Return the call that a fragment belongs to, None if it begins one.
-
-        Some engines give every call the same index, or none: then a second name begins a call.
-        """
+    def _call_of(self, call: CallPiece) -> _Block | None:
+        """Return the call that a fragment belongs to, None if it begins one."""
         for block in reversed(self._calls):
-            if call.index is not None and block.call_idx != call.index:
-                continue
-            is_other_id = bool(call.id and block.call_id and call.id != block.call_id)
-            is_unnumbered = call.index is None and (not call.id or not block.call_id)
-            begins = bool(name and block.name) and (is_other_id or is_unnumbered)
-            return None if begins else block
+            if call.index is None or block.call_idx == call.index:
+                return None if is_new_call(call, block.call_id, block.name) else block
         return None
 
     def _add(self, block: _Block, text: str, out: list[bytes]) -> None:
@@ -351,16 +305,3 @@ class StreamTranslator:
 
 def _event(name: bytes, data: msgspec.Struct) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (name, _encode(data))
-
-
-def _told_error(event: SseEvent) -> RemoteError | None:
-    """Return the error that an event in the middle of a stream tells of, if it tells of one."""
-    try:
-        fields = _decode_fields(event.data)
-    except _NOT_DECODABLE:
-        fields = {}
-    if event.name != b"error" and "error" not in fields:
-        return None
-    error = parse_error(502, event.data)
-    status = _STATUS_BY_CODE.get(error.code) or _STATUS_BY_KIND.get(error.kind, 502)
-    return parse_error(status, event.data)

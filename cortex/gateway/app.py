@@ -22,6 +22,7 @@ from cortex.gateway.dispatch import Dispatcher
 from cortex.gateway.edge import KeyMiddleware, MetricsGuard
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.handlers import Handlers, metrics_routes
+from cortex.gateway.intake import Intake
 from cortex.gateway.keeping import Keeper
 from cortex.gateway.limiter import Limiter
 from cortex.gateway.live import Live
@@ -134,6 +135,7 @@ async def open_apps(
                 clock=clock,
             ),
             metrics=metrics,
+            intake=Intake(live, fleet),
         )
         try:
             await watch.first_round()
