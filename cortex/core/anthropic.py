@@ -17,12 +17,11 @@ from cortex.core.decode import decode_query
 from cortex.core.errors import CortexError
 from cortex.core.openai import (
     MAX_MESSAGES,
-    MAX_NAME_CHARS,
     MAX_STOPS,
-    MAX_TOOLS,
     ModelCard,
     StopString,
 )
+from cortex.core.tool_choice import MAX_NAME_CHARS, MAX_TOOLS
 
 MAX_PAGE_MODELS = 1000
 
@@ -40,6 +39,8 @@ _ERROR_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
+# The dialect's own status for a service that is short of something for the moment.
+OVERLOADED = 529
 
 _encoder = msgspec.json.Encoder()
 
@@ -71,6 +72,7 @@ class Block(msgspec.Struct, kw_only=True, frozen=True):
     is_error: bool | None = None
     thinking: str | None = None
     title: str | None = None
+    context: str | None = None
 
     def __post_init__(self) -> None:
         if self.type == "text" and self.text is None:
@@ -113,7 +115,7 @@ class Thinking(msgspec.Struct, kw_only=True, frozen=True):
     """`thinking`."""
 
     type: str
-    budget_tokens: int | None = None
+    budget_tokens: Annotated[int, Meta(gt=0)] | None = None
 
 
 class Metadata(msgspec.Struct, kw_only=True, frozen=True):
@@ -123,7 +125,7 @@ class Metadata(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class OutputFormat(msgspec.Struct, kw_only=True, frozen=True):
-    """The `format` of an output configuration."""
+    """The `format` of an output configuration, or `output_format` as older clients call it."""
 
     type: str
     schema: dict[str, Any] | None = None
@@ -134,9 +136,10 @@ class OutputFormat(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class OutputConfig(msgspec.Struct, kw_only=True, frozen=True):
-    """`output_config`; its effort is accepted and without effect."""
+    """`output_config`."""
 
     format: OutputFormat | None = None
+    effort: str | None = None
 
 
 class Conversation(msgspec.Struct, kw_only=True, frozen=True):
@@ -148,6 +151,11 @@ class Conversation(msgspec.Struct, kw_only=True, frozen=True):
     tools: Annotated[list[ToolParam], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None
+    # What only the vendor can do: refused if given.
+    mcp_servers: list[Any] | None = None
+    container: Any = None
 
     def __post_init__(self) -> None:
         if not any(turn.role != "system" for turn in self.messages):
@@ -164,7 +172,6 @@ class MessagesRequest(Conversation, kw_only=True, frozen=True):
     top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
     stop_sequences: Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
     metadata: Metadata | None = None
-    output_config: OutputConfig | None = None
 
 
 class CountTokensRequest(Conversation, kw_only=True, frozen=True):
@@ -337,6 +344,11 @@ def model_list(cards: list[ModelCard], query: ModelsQuery = ALL_MODELS) -> Model
         first_id=data[0].id if data else None,
         last_id=data[-1].id if data else None,
     )
+
+
+def status_of(exc: CortexError) -> int:
+    """Return the HTTP status of an error in this dialect."""
+    return OVERLOADED if exc.status == 503 else exc.status
 
 
 def error_body(exc: CortexError) -> bytes:

@@ -11,15 +11,14 @@ import msgspec
 from msgspec import Meta
 
 from cortex.core.decode import decode_body
-from cortex.core.errors import CortexError, RemoteError
+from cortex.core.errors import CortexError, RemoteError, UnsupportedFieldError
 from cortex.core.neuron_api import Cost, Limit
+from cortex.core.tool_choice import MAX_NAME_CHARS, MAX_TOOLS, CustomToolChoice, ToolChoice
 
 MAX_MESSAGES = 16384
-MAX_TOOLS = 1024
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_CHOICES = 8
-MAX_NAME_CHARS = 256
 MAX_LOGIT_BIAS = 4096
 
 SSE_DONE = b"data: [DONE]\n\n"
@@ -136,19 +135,6 @@ class Tool(msgspec.Struct, kw_only=True, frozen=True):
     function: FunctionDef | None = None
 
 
-class FunctionName(msgspec.Struct, kw_only=True, frozen=True):
-    """The name inside a `NamedToolChoice`."""
-
-    name: str
-
-
-class NamedToolChoice(msgspec.Struct, kw_only=True, frozen=True):
-    """`tool_choice` that asks for one tool."""
-
-    type: Literal["function"] = "function"
-    function: FunctionName
-
-
 class JsonSchemaFormat(msgspec.Struct, kw_only=True, frozen=True):
     """The `json_schema` part of a response format."""
 
@@ -225,10 +211,12 @@ class ChatRequest(GenerationRequest, kw_only=True, frozen=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
+    # How much to think and to say, for templates that read it.
     reasoning_effort: str | None = None
+    verbosity: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[str] | None = None
     # The older spelling of tools, and what only another service can do: refused if given.
@@ -240,6 +228,7 @@ class ChatRequest(GenerationRequest, kw_only=True, frozen=True):
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
+    prediction: Any = None  # makes an answer faster elsewhere, and never another one
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -255,8 +244,35 @@ _head_decoder = msgspec.json.Decoder(RequestHead)
 
 
 def parse_chat_request(body: bytes) -> ChatRequest:
-    """Decode a chat request; raises as `decode_body` does."""
-    return decode_body(_chat_decoder, body)
+    """Decode a chat request.
+
+    Raises:
+        UnsupportedFieldError: it asks for what no model here can do.
+        CortexError: as `decode_body`.
+    """
+    request = decode_body(_chat_decoder, body)
+    _refuse_unsupported(request)
+    return request
+
+
+def _refuse_unsupported(request: ChatRequest) -> None:
+    # Without functions, to call none of them or any asks for nothing.
+    if request.functions or request.function_call not in (None, "none", "auto"):
+        raise UnsupportedFieldError(
+            "functions and function_call are not supported; use tools and tool_choice",
+            param="functions" if request.functions else "function_call",
+        )
+    if request.audio is not None or any(kind != "text" for kind in request.modalities or ()):
+        raise UnsupportedFieldError(
+            "only text can be generated", param="audio" if request.audio else "modalities"
+        )
+    if request.web_search_options is not None:
+        raise UnsupportedFieldError("web search is not available here", param="web_search_options")
+    if isinstance(request.tool_choice, CustomToolChoice):
+        raise UnsupportedFieldError(
+            "tool_choice of type 'custom' is not supported; declare a function and name that",
+            param="tool_choice",
+        )
 
 
 def parse_head(body: bytes) -> RequestHead:

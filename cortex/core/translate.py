@@ -4,7 +4,9 @@ Pure: no clock, no I/O. Nothing is added to a prompt; one thing is taken away on
 billing line that Claude Code puts first in its system text and that changes with every turn.
 """
 
+import binascii
 import uuid
+from base64 import b64decode
 from typing import Any
 
 import msgspec
@@ -17,18 +19,15 @@ from cortex.core.anthropic import (
     MessagesRequest,
     Source,
 )
-from cortex.core.errors import BadRequestError, UpstreamMalformedError
+from cortex.core.errors import BadRequestError, UnsupportedFieldError, UpstreamMalformedError
 from cortex.core.openai import (
     ChatCompletion,
     ChatRequest,
-    FilePart,
     FunctionCall,
     FunctionDef,
-    FunctionName,
     ImagePart,
     JsonSchemaFormat,
     Message,
-    NamedToolChoice,
     Part,
     ResponseFormat,
     StreamOptions,
@@ -37,6 +36,7 @@ from cortex.core.openai import (
     ToolCall,
     Usage,
 )
+from cortex.core.tool_choice import FunctionName, NamedToolChoice
 
 BILLING_PREFIX = "x-anthropic-billing-header"
 # Thinking blocks must carry a signature to be sent back. Nothing here is encrypted, so there is
@@ -56,6 +56,11 @@ _SILENT_TYPES = frozenset(
     ]
 )
 
+# Their only use is to find tools that are not in the prompt; here all of them are.
+_TOOL_SEARCH = "tool_search_tool"
+# Templates know three words; the dialect has more above them.
+_EFFORTS = {"xhigh": "high", "max": "high"}
+
 _STOP_REASONS = {"length": "max_tokens", "content_filter": "refusal"}
 
 
@@ -65,6 +70,7 @@ def to_openai(request: Conversation, *, drop_billing_header: bool = True) -> Cha
     Raises:
         BadRequestError: the request has no equal in that dialect.
     """
+    _refuse_unsupported(request)
     messages = _messages(request, drop_billing_header)
     tools = _tools(request)
     choice, parallel = _tool_choice(request, tools)
@@ -75,7 +81,7 @@ def to_openai(request: Conversation, *, drop_billing_header: bool = True) -> Cha
             tools=tools or None,
             tool_choice=choice,
             parallel_tool_calls=parallel,
-            chat_template_kwargs={"enable_thinking": _wants_thinking(request)},
+            chat_template_kwargs=_template_kwargs(request),
         )
     except ValueError as exc:
         raise BadRequestError(str(exc)) from exc
@@ -95,8 +101,23 @@ def to_openai(request: Conversation, *, drop_billing_header: bool = True) -> Cha
     )
 
 
+def _refuse_unsupported(request: Conversation) -> None:
+    if request.mcp_servers:
+        raise UnsupportedFieldError(
+            "mcp_servers: no MCP server is called from here; connect to it yourself and declare "
+            "its tools in tools",
+            param="mcp_servers",
+        )
+    if request.container is not None:
+        raise UnsupportedFieldError(
+            "container: there are no containers to run code in here; leave it out",
+            param="container",
+        )
+
+
 def _response_format(request: MessagesRequest) -> ResponseFormat | None:
     wanted = request.output_config.format if request.output_config else None
+    wanted = wanted or request.output_format
     if wanted is None or wanted.type != "json_schema":
         return None
     schema = JsonSchemaFormat(name="answer", schema=wanted.schema)
@@ -212,7 +233,7 @@ def _user_parts(block: Block, place: str) -> list[Part]:
     if block.type == "image":
         return [_image_part(block.source)]
     if block.type == "document" and isinstance(block.source, Source):
-        return _document_parts(block.source, block.title, place)
+        return _document_parts(block, block.source, place)
     if block.text is not None:
         return [TextPart(text=block.text)] if block.text else []
     if _is_silent(block.type):
@@ -259,35 +280,76 @@ def _image_part(source: Source | str | None) -> ImagePart:
     return ImagePart(image_url={"url": url})
 
 
-def _document_parts(source: Source, title: str | None, place: str) -> list[Part]:
-    """Return a document's text under its title; one that is no text goes on as a file."""
+def _document_parts(block: Block, source: Source, place: str) -> list[Part]:
+    """Return a document's text under its title and context.
+
+    Raises:
+        UnsupportedFieldError: it is no text.
+    """
     if source.type == "text":
         parts = _content_parts(source.data, f"{place}.source.data")
     elif source.type == "content":
         parts = _content_parts(source.content, f"{place}.source.content")
+    elif source.type == "base64" and (source.media_type or "").startswith("text/"):
+        parts = _content_parts(_decoded(source.data or "", place), f"{place}.source.data")
     else:
-        return [FilePart(file={"filename": title})]
-    return [TextPart(text=title), *parts] if title else parts
+        raise UnsupportedFieldError(
+            f"{place}: a document cannot be read from a source of type '{source.type[:64]}'"
+            f"{f' and {source.media_type[:64]}' if source.media_type else ''} here; send its text, "
+            "as a source of type 'text' or 'content'",
+            param=f"{place}.source",
+        )
+    heads = [TextPart(text=head) for head in (block.title, block.context) if head]
+    return [*heads, *parts]
+
+
+def _decoded(data: str, place: str) -> str:
+    try:
+        return b64decode(data, validate=True).decode()
+    except (binascii.Error, ValueError) as exc:
+        raise BadRequestError(
+            f"{place}: the data of the document is not text in UTF-8 and base64",
+            param=f"{place}.source.data",
+        ) from exc
 
 
 def _tools(request: Conversation) -> list[Tool]:
-    """Return the tools that a model here can be told of; the vendor's own have no schema."""
-    return [
-        Tool(
-            function=FunctionDef(
-                name=tool.name,
-                description=tool.description,
-                parameters=tool.input_schema or {"type": "object"},
+    """Return the tools as functions.
+
+    Raises:
+        UnsupportedFieldError: one is run by the vendor, or known to the vendor's models alone.
+    """
+    tools: list[Tool] = []
+    for index, tool in enumerate(request.tools or []):
+        kind = tool.type or "custom"
+        if kind.startswith(_TOOL_SEARCH):
+            continue
+        if tool.name is None or (tool.input_schema is None and kind != "custom"):
+            raise UnsupportedFieldError(
+                f"tools[{index}]: tools of type '{kind[:64]}' are the vendor's own and not "
+                "available here; leave it out, or declare a tool with a name and an input_schema",
+                param=f"tools[{index}].type",
+            )
+        tools.append(
+            Tool(
+                function=FunctionDef(
+                    name=tool.name,
+                    description=tool.description,
+                    parameters=tool.input_schema or {"type": "object"},
+                )
             )
         )
-        for tool in request.tools or []
-        if tool.name is not None and (tool.input_schema or tool.type in (None, "custom"))
-    ]
+    return tools
 
 
 def _tool_choice(request: Conversation, tools: list[Tool]) -> tuple[Any, bool | None]:
     """Return `tool_choice` and `parallel_tool_calls`."""
     choice = request.tool_choice
+    if choice is not None and choice.type in ("any", "tool") and not tools:
+        raise BadRequestError(
+            f"tool_choice of type '{choice.type}' needs at least one tool in tools",
+            param="tool_choice",
+        )
     if choice is None or not tools:
         return None, None
     parallel = False if choice.disable_parallel_tool_use else None
@@ -296,8 +358,17 @@ def _tool_choice(request: Conversation, tools: list[Tool]) -> tuple[Any, bool | 
     return {"auto": "auto", "any": "required", "none": "none"}[choice.type], parallel
 
 
-def _wants_thinking(request: Conversation) -> bool:
-    return request.thinking is not None and request.thinking.type in ("enabled", "adaptive")
+def _template_kwargs(request: Conversation) -> dict[str, Any]:
+    """Return what the model's template is told; it reads of this what it knows."""
+    thinking = request.thinking
+    is_wanted = thinking is not None and thinking.type in ("enabled", "adaptive")
+    kwargs: dict[str, Any] = {"enable_thinking": is_wanted}
+    if is_wanted and thinking is not None and thinking.budget_tokens is not None:
+        kwargs["thinking_budget"] = thinking.budget_tokens
+    effort = request.output_config.effort if request.output_config else None
+    if effort is not None:
+        kwargs["reasoning_effort"] = _EFFORTS.get(effort, effort)
+    return kwargs
 
 
 def from_openai(completion: ChatCompletion, model: str) -> MessageResponse:

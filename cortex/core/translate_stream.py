@@ -24,8 +24,9 @@ from cortex.core.chunks import (
     told_error,
 )
 from cortex.core.errors import CortexError, UpstreamMalformedError
-from cortex.core.openai import MAX_TOOLS, read_usage_comment
+from cortex.core.openai import read_usage_comment
 from cortex.core.sse import SseEvent, SseSplitter
+from cortex.core.tool_choice import MAX_TOOLS
 from cortex.core.translate import SIGNATURE, message_id, new_tool_id, stop_reason, usage_of
 
 # Of arguments, and of what waits for its turn, in one stream.

@@ -107,13 +107,13 @@ def json_response(
 
 def error_response(exc: CortexError, dialect: Dialect) -> Response:
     """Return an error as the dialect's envelope, with `Retry-After` where it has one."""
-    render = anthropic.error_body if dialect == "anthropic" else openai.error_body
     headers = {}
     if exc.retry_after_s is not None:
         headers["retry-after"] = str(max(1, round(exc.retry_after_s)))
-    return Response(
-        render(exc), status_code=exc.status, headers=headers, media_type="application/json"
-    )
+    body, status = openai.error_body(exc), exc.status
+    if dialect == "anthropic":
+        body, status = anthropic.error_body(exc), anthropic.status_of(exc)
+    return Response(body, status_code=status, headers=headers, media_type="application/json")
 
 
 class ErrorMiddleware:

@@ -13,6 +13,7 @@ from cortex.core.errors import (
     EngineDiedError,
     MalformedJsonError,
     MissingModelError,
+    UnsupportedFieldError,
 )
 from cortex.core.neuron_api import Cost, Limit
 from cortex.core.openai import (
@@ -29,7 +30,6 @@ from cortex.core.openai import (
     ModelCard,
     ModelList,
     ModelLocation,
-    NamedToolChoice,
     TextPart,
     ToolCall,
     Usage,
@@ -40,6 +40,7 @@ from cortex.core.openai import (
     parse_head,
     sse_event,
 )
+from cortex.core.tool_choice import AllowedToolsChoice, NamedToolChoice
 
 ASK = [{"role": "user", "content": "Hi"}]
 
@@ -140,6 +141,57 @@ def test_tool_choice_may_name_a_function() -> None:
     assert request.tool_choice.function.name == "f"
 
 
+def test_tool_choice_may_allow_some_of_the_tools() -> None:
+    choice = {
+        "type": "allowed_tools",
+        "allowed_tools": {
+            "mode": "required",
+            "tools": [{"type": "function", "function": {"name": "f"}}],
+        },
+    }
+    request = parse(tool_choice=choice, tools=[{"type": "function", "function": {"name": "f"}}])
+    assert isinstance(request.tool_choice, AllowedToolsChoice)
+    assert request.tool_choice.allowed_tools.mode == "required"
+    (allowed,) = request.tool_choice.allowed_tools.tools
+    assert allowed.function is not None
+    assert allowed.function.name == "f"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"function_call": {"name": "f"}}, "function_call"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"audio": {"voice": "x"}}, "audio"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "tool_choice"),
+    ],
+)
+def test_what_no_model_here_can_do_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(UnsupportedFieldError) as caught:
+        parse(**fields)
+    assert caught.value.param == param
+    assert caught.value.status == 400
+    assert param.partition("_")[0] in caught.value.message or "text" in caught.value.message
+
+
+def test_fields_that_ask_for_nothing_here_are_taken() -> None:
+    request = parse(
+        functions=[],
+        function_call="none",
+        modalities=["text"],
+        prediction={"type": "content", "content": "x"},
+        store=True,
+        metadata={"a": "b"},
+        service_tier="flex",
+        user="u",
+        safety_identifier="s",
+        stream_options={"include_obfuscation": False},
+    )
+    assert (request.store, request.service_tier, request.user) == (True, "flex", "u")
+
+
 def test_usage_is_wanted_only_when_stream_options_says_so() -> None:
     assert not parse(stream=True).include_usage
     assert not parse(stream=True, stream_options={}).include_usage
@@ -165,6 +217,11 @@ def test_usage_is_wanted_only_when_stream_options_says_so() -> None:
         ("stream", "yes"),
         ("tools", {}),
         ("tool_choice", "sometimes"),
+        ("tool_choice", {"type": "function", "function": {"name": ""}}),
+        ("tool_choice", {"type": "allowed_tools", "allowed_tools": {"tools": []}}),
+        ("tool_choice", {"type": "odd"}),
+        ("reasoning_effort", 3),
+        ("verbosity", 3),
         ("presence_penalty", 2.5),
         ("repetition_penalty", 0),
         ("seed", 1 << 64),

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from cortex.core.anthropic import CountTokensRequest, MessagesRequest
-from cortex.core.errors import BadRequestError, UpstreamMalformedError
+from cortex.core.errors import BadRequestError, UnsupportedFieldError, UpstreamMalformedError
 from cortex.core.openai import ChatCompletion, PromptTokensDetails, Usage, parse_chat_request
 from cortex.core.translate import from_openai, to_openai, usage_of
 
@@ -118,21 +118,52 @@ def test_images_become_image_parts_also_out_of_tool_results():
 
 def test_a_text_document_is_read_and_unknown_blocks_count_by_their_text():
     content = [
-        {"type": "document", "title": "T", "source": {"type": "text", "data": "body"}},
+        {
+            "type": "document",
+            "title": "T",
+            "context": "of 2020",
+            "citations": {"enabled": True},
+            "source": {"type": "text", "media_type": "text/plain", "data": "body"},
+        },
         {"type": "search_result", "content": [{"type": "text", "text": "found"}]},
         {"type": "from_the_future", "flux": 3, "text": "later"},
     ]
-    assert messages({"role": "user", "content": content})[0]["content"] == "T\nbody\nfound\nlater"
+    told = messages({"role": "user", "content": content})[0]["content"]
+    assert told == "T\nof 2020\nbody\nfound\nlater"
 
 
-def test_a_document_of_blocks_is_read_and_one_that_is_no_text_goes_on_as_a_file():
+def test_a_document_of_blocks_or_of_text_in_base64_is_read():
     inner = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     blocks = {"type": "document", "title": "T", "source": {"type": "content", "content": inner}}
     assert messages({"role": "user", "content": [blocks]})[0]["content"] == "T\none\ntwo"
-    pdf = {"type": "document", "title": "T", "source": {"type": "base64", "data": "QUJD"}}
-    assert messages({"role": "user", "content": [pdf]})[0]["content"] == [
-        {"type": "file", "file": {"filename": "T"}}
-    ]
+    source = {"type": "base64", "media_type": "text/csv", "data": "YSxi"}
+    table = {"type": "document", "source": source}
+    assert messages({"role": "user", "content": [table]})[0]["content"] == "a,b"
+    source["data"] = "/w=="
+    with pytest.raises(BadRequestError, match="not text in UTF-8"):
+        messages({"role": "user", "content": [table]})
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (
+            {"type": "base64", "media_type": "application/pdf", "data": "QUJD"},
+            "type 'base64' and application/pdf here; send its text",
+        ),
+        ({"type": "url", "url": "https://example.org/a.pdf"}, "type 'url' here"),
+        ({"type": "file", "file_id": "f1"}, "type 'file' here"),
+    ],
+)
+def test_a_document_that_is_no_text_is_refused_by_its_place(source: Any, words: str):
+    document = {"type": "document", "title": "T", "source": source}
+    with pytest.raises(UnsupportedFieldError, match=words) as caught:
+        messages({"role": "user", "content": [document]})
+    assert caught.value.param == "messages[0].content[0].source"
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [document]}
+    with pytest.raises(UnsupportedFieldError, match=words) as caught:
+        messages({"role": "user", "content": [result]})
+    assert caught.value.param == "messages[0].content[0].content[0].source"
 
 
 def test_blocks_of_the_vendors_own_tools_are_taken():
@@ -175,10 +206,9 @@ def test_an_image_that_is_not_there_is_refused(source: Any):
         messages({"role": "user", "content": [{"type": "image", "source": source}]})
 
 
-def test_a_custom_tool_may_lack_a_schema_and_a_set_of_servers_a_name():
-    chat = translated(
-        tools=[{"type": "custom", "name": "now"}, {"type": "mcp_toolset", "mcp_server_name": "s"}]
-    )
+def test_a_custom_tool_may_lack_a_schema_and_a_search_for_tools_finds_all():
+    search = {"type": "tool_search_tool_regex_20251119", "name": "tool_search_tool_regex"}
+    chat = translated(tools=[{"type": "custom", "name": "now", "defer_loading": True}, search])
     assert [tool["function"] for tool in chat["tools"]] == [
         {"name": "now", "parameters": {"type": "object"}}
     ]
@@ -189,14 +219,48 @@ def test_a_wanted_output_schema_becomes_the_response_format():
     chat = translated(output_config={"format": {"type": "json_schema", "schema": schema}})
     assert chat["response_format"]["type"] == "json_schema"
     assert chat["response_format"]["json_schema"]["schema"] == schema
+    older = translated(output_format={"type": "json_schema", "schema": schema})
+    assert older["response_format"] == chat["response_format"]
     assert translated(output_config={"effort": "low"})["response_format"] is None
 
 
-def test_tools_and_their_choice_are_carried_over_and_server_tools_left_out():
-    tools = [
-        {"name": "look", "description": "d", "input_schema": {"type": "object"}},
+@pytest.mark.parametrize(
+    "tool",
+    [
         {"type": "web_search_20250305", "name": "web_search", "max_uses": 2},
-    ]
+        {"type": "bash_20250124", "name": "bash"},
+        {"type": "mcp_toolset", "mcp_server_name": "s"},
+    ],
+)
+def test_the_vendors_own_tools_are_refused_by_type_and_place(tool: dict[str, Any]):
+    with pytest.raises(UnsupportedFieldError, match=f"type '{tool['type']}'") as caught:
+        translated(tools=[{"name": "look"}, tool])
+    assert caught.value.param == "tools[1].type"
+    (kept,) = translated(tools=[{**tool, "name": "mine", "input_schema": {}}])["tools"]
+    assert kept["function"]["name"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("mcp_servers", [{"type": "url", "url": "https://x", "name": "s"}]), ("container", "c1")],
+)
+def test_what_only_the_vendor_can_do_is_refused_by_name(field: str, value: Any):
+    with pytest.raises(UnsupportedFieldError, match=field) as caught:
+        translated(**{field: value})
+    assert caught.value.param == field
+    assert translated(mcp_servers=[], container=None)["model"] == "m"
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "f"}])
+def test_a_choice_that_wants_a_tool_needs_one(choice: dict[str, Any]):
+    with pytest.raises(BadRequestError, match="needs at least one tool") as caught:
+        translated(tool_choice=choice)
+    assert caught.value.param == "tool_choice"
+    assert translated(tool_choice={"type": "auto"})["tool_choice"] is None
+
+
+def test_tools_and_their_choice_are_carried_over():
+    tools = [{"name": "look", "description": "d", "input_schema": {"type": "object"}}]
     chat = translated(tools=tools, tool_choice={"type": "any", "disable_parallel_tool_use": True})
     (tool,) = chat["tools"]
     assert tool["type"] == "function"
@@ -218,7 +282,23 @@ def test_tools_and_their_choice_are_carried_over_and_server_tools_left_out():
     ],
 )
 def test_thinking_is_switched_as_asked(thinking: Any, wanted: bool):
-    assert translated(thinking=thinking)["chat_template_kwargs"] == {"enable_thinking": wanted}
+    told = translated(thinking=thinking)["chat_template_kwargs"]
+    assert told["enable_thinking"] is wanted
+
+
+def test_the_template_is_told_a_budget_of_thinking_and_an_effort():
+    chat = translated(
+        thinking={"type": "enabled", "budget_tokens": 1024}, output_config={"effort": "max"}
+    )
+    assert chat["chat_template_kwargs"] == {
+        "enable_thinking": True,
+        "thinking_budget": 1024,
+        "reasoning_effort": "high",
+    }
+    off = translated(
+        thinking={"type": "disabled", "budget_tokens": 9}, output_config={"effort": "low"}
+    )
+    assert off["chat_template_kwargs"] == {"enable_thinking": False, "reasoning_effort": "low"}
 
 
 def test_what_a_coding_agent_sends_by_default_is_taken():

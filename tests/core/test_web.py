@@ -175,7 +175,7 @@ async def test_a_body_over_the_limit_is_a_413_and_the_next_request_is_served(sce
 async def test_an_error_carries_status_retry_after_and_the_paths_dialect(scene: Scene):
     async with serving(scene) as (session, url):
         async with session.post(f"{url}/v1/messages?beta=true") as reply:
-            assert reply.status == 503
+            assert reply.status == 529
             assert reply.headers["retry-after"] == "7"
             assert (await reply.json())["error"]["type"] == "overloaded_error"
 

@@ -145,6 +145,17 @@ async def test_a_bad_body_is_400_in_the_envelope(
             assert neuron.seen == []
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_no_model_can_do_is_400_by_name_and_loads_nothing(stream: bool) -> None:
+    async with MockNeuron(MockModel("m")) as neuron:
+        async with run_gateway({"a": neuron.endpoint}) as gateway:
+            response = await gateway.chat(web_search_options={}, stream=stream)
+            assert response.status == 400
+            error = (await response.json())["error"]
+            assert (error["code"], error["param"]) == ("unsupported_field", "web_search_options")
+            assert (neuron.seen, neuron.loads) == ([], [])
+
+
 async def test_a_body_over_the_limit_is_413() -> None:
     async with MockNeuron(MockModel("m", "loaded")) as neuron:
         async with run_gateway({"a": neuron.endpoint}, max_body_mb=1) as gateway:

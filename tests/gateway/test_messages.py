@@ -173,6 +173,28 @@ async def test_a_cold_stream_pings_until_the_model_is_loaded() -> None:
             assert (found[0], found[-1]) == ("message_start", "message_stop")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"mcp_servers": [{"type": "url", "url": "https://x", "name": "s"}]}, "mcp_servers"),
+        ({"container": "c1"}, "container"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
+    ],
+)
+async def test_what_only_the_vendor_can_do_is_400_by_name_and_loads_nothing(
+    fields: dict[str, Any], words: str, stream: bool
+) -> None:
+    async with MockNeuron(MockModel("m")) as neuron:
+        async with run_gateway({"a": neuron.endpoint}) as gateway:
+            response = await gateway.post("/v1/messages", message(stream=stream, **fields))
+            assert response.status == 400
+            error = (await response.json())["error"]
+            assert error["type"] == "invalid_request_error"
+            assert words in error["message"]
+            assert (neuron.seen, neuron.loads) == ([], [])
+
+
 @pytest.mark.parametrize("fault", ["die", "no_done", "error_event"])
 async def test_a_stream_that_breaks_ends_in_the_dialects_error_event(fault: str) -> None:
     model = MockModel("m", "loaded", fault=fault)  # type: ignore[arg-type]
@@ -216,13 +238,13 @@ async def test_tools_that_a_choice_hides_are_told_to_be_hidden_when_counting() -
                 assert neuron.seen[-1].json.get("tool_choice") == told
 
 
-async def test_counting_for_an_unknown_model_is_404_and_without_nodes_503() -> None:
+async def test_counting_for_an_unknown_model_is_404_and_without_nodes_overloaded() -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
     async with MockNeuron() as neuron, run_gateway({"a": neuron.endpoint}) as gateway:
         assert (await gateway.post("/v1/messages/count_tokens", body)).status == 404
     async with run_gateway({}) as gateway:
         response = await gateway.post("/v1/messages/count_tokens", body)
-        assert response.status == 503
+        assert (response.status, response.headers["retry-after"]) == (529, "5")
         assert (await response.json())["error"]["type"] == "overloaded_error"
 
 

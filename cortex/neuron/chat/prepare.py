@@ -15,9 +15,9 @@ from cortex.core.openai import (
     ChatRequest,
     GenerationRequest,
     JsonSchemaFormat,
-    NamedToolChoice,
     Tool,
 )
+from cortex.core.tool_choice import AllowedToolsChoice, NamedToolChoice
 from cortex.neuron.chat.grammar import (
     Markers,
     Thinking,
@@ -85,10 +85,10 @@ def prepare(request: ChatRequest, model: ChatModel) -> Prepared:
         ContextLengthExceededError: the prompt leaves no room for an answer.
         BadRequestError: fields contradict each other.
     """
-    _refuse_unsupported(request)
     template = _template_of(model)
-    tools = _active_tools(request)
-    text = _render(request, template, tools)
+    offered = _active_tools(request)
+    tools = _callable_tools(request, offered)
+    text = _render(request, template, offered)
     prompt_ids = _encode(text, model)
     asked_tokens = request.max_completion_tokens or request.max_tokens or model.default_max_tokens
     thinking = _thinking_after(text, template, model.tokenizer)
@@ -125,20 +125,6 @@ def prompt_ids(request: ChatRequest, model: ChatModel) -> list[int]:
     return model.tokenizer.encode(text)
 
 
-def _refuse_unsupported(request: ChatRequest) -> None:
-    if request.functions or request.function_call is not None:
-        raise UnsupportedFieldError(
-            "functions and function_call are not supported; use tools and tool_choice",
-            param="functions" if request.functions else "function_call",
-        )
-    if request.audio is not None or any(kind != "text" for kind in request.modalities or ()):
-        raise UnsupportedFieldError(
-            "only text can be generated", param="audio" if request.audio else "modalities"
-        )
-    if request.web_search_options is not None:
-        raise UnsupportedFieldError("web search is not available here", param="web_search_options")
-
-
 def _template_of(model: ChatModel) -> ChatTemplate:
     if model.template is None:
         raise BadRequestError(
@@ -172,13 +158,39 @@ def _active_tools(request: ChatRequest) -> list[Tool]:
     return [] if choice == "none" else list(request.tools or ())
 
 
+def _callable_tools(request: ChatRequest, tools: list[Tool]) -> list[Tool]:
+    """Return those of the tools in the prompt that the choice leaves to the model."""
+    choice = request.tool_choice
+    if not isinstance(choice, AllowedToolsChoice):
+        return tools
+    declared = {tool.function.name: tool for tool in tools if tool.function is not None}
+    allowed: dict[str, Tool] = {}
+    for at, each in enumerate(choice.allowed_tools.tools):
+        name = each.function.name if each.function is not None else None
+        if name is None or name not in declared:
+            what = f"{name!r}" if name is not None else f"a tool of type {each.type!r}"
+            raise BadRequestError(
+                f"tool_choice allows {what}, which tools does not declare",
+                param=f"tool_choice.allowed_tools.tools[{at}]",
+            )
+        allowed[name] = declared[name]
+    return list(allowed.values())
+
+
+def _is_forced(request: ChatRequest) -> bool:
+    choice = request.tool_choice
+    if isinstance(choice, AllowedToolsChoice):
+        return choice.allowed_tools.mode == "required"
+    return choice == "required"
+
+
 def _render(request: ChatRequest, template: ChatTemplate, tools: list[Tool]) -> str:
     kwargs: dict[str, Any] = {}
+    if request.verbosity is not None:
+        kwargs["verbosity"] = request.verbosity
     if request.reasoning_effort is not None:
-        kwargs = {
-            "reasoning_effort": request.reasoning_effort,
-            "enable_thinking": request.reasoning_effort != "none",
-        }
+        kwargs["reasoning_effort"] = request.reasoning_effort
+        kwargs["enable_thinking"] = request.reasoning_effort != "none"
     kwargs |= request.chat_template_kwargs or {}
     return template.render(request.messages, tools, template_kwargs=kwargs)
 
@@ -285,7 +297,7 @@ def _constraint(
         name = choice.function.name
         named = [tool for tool in tools if tool.function and tool.function.name == name]
         return forced_calls(named, markers, is_single=True)
-    if tools and choice == "required":
+    if tools and _is_forced(request):
         return forced_calls(tools, markers, is_single=is_single)
     if answer is not None:
         if tools:

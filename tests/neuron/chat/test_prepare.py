@@ -257,11 +257,6 @@ def test_json_beside_tools_allows_either(model: ChatModel) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"functions": [{"name": "f"}]}, "functions"),
-        ({"function_call": "auto"}, "function_call"),
-        ({"modalities": ["text", "audio"]}, "modalities"),
-        ({"audio": {"voice": "x"}}, "audio"),
-        ({"web_search_options": {}}, "web_search_options"),
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0]"),
         ({"tools": [{"type": "function"}]}, "tools[0]"),
         (
@@ -284,6 +279,37 @@ def test_fields_without_effect_are_accepted(model: ChatModel) -> None:
         store=False, user="u", metadata={"a": "b"}, service_tier="auto", modalities=["text"]
     )
     assert prepare(request, model).num_choices == 1
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+@pytest.mark.parametrize(("mode", "is_forced"), [("auto", False), ("required", True)])
+def test_allowed_tools_narrow_the_calls_and_leave_the_prompt(
+    model: ChatModel, mode: str, is_forced: bool
+) -> None:
+    tools = [WEATHER, tool("now")]
+    prepared = prepare(chat_request(tools=tools, tool_choice=allowed(mode, "now")), model)
+    assert prepared.prompt_ids == prepare(chat_request(tools=tools), model).prompt_ids
+    assert prepared.constraint is not None
+    assert '"<function=now>' in prepared.constraint.lark
+    assert "weather" not in prepared.constraint.lark
+    assert (prepared.constraint.trigger_id is None) == is_forced
+
+
+def test_an_allowed_tool_must_be_declared(model: ChatModel) -> None:
+    with pytest.raises(BadRequestError, match="allows 'later', which tools") as caught:
+        prepare(chat_request(tools=[WEATHER], tool_choice=allowed("auto", "later")), model)
+    assert caught.value.param == "tool_choice.allowed_tools.tools[0]"
+
+
+def test_effort_and_verbosity_are_told_to_the_template(tmp_path: Path) -> None:
+    source = "{{ reasoning_effort }} {{ verbosity }} {{ enable_thinking }}"
+    model = make_chat_model(tmp_path, template=source)
+    request = chat_request(reasoning_effort="low", verbosity="high")
+    assert model.tokenizer.decode(prompt_ids(request, model)) == "low high True"
 
 
 def test_two_tools_of_one_name_are_refused(model: ChatModel) -> None:
