@@ -346,6 +346,19 @@ def model_list(cards: list[ModelCard], query: ModelsQuery = ALL_MODELS) -> Model
     )
 
 
+class ErrorDetail(msgspec.Struct, kw_only=True, frozen=True):
+    """What stands under `error`."""
+
+    type: str
+    message: str
+
+
+class ErrorResponse(msgspec.Struct, kw_only=True, frozen=True, tag="error"):
+    """The error envelope."""
+
+    error: ErrorDetail
+
+
 def status_of(exc: CortexError) -> int:
     """Return the HTTP status of an error in this dialect."""
     return OVERLOADED if exc.status == 503 else exc.status
@@ -355,7 +368,7 @@ def error_body(exc: CortexError) -> bytes:
     """Return an error in this dialect's envelope."""
     fallback = "api_error" if exc.status >= 500 else "invalid_request_error"
     kind = _ERROR_TYPES.get(exc.status, fallback)
-    return _encoder.encode({"type": "error", "error": {"type": kind, "message": exc.message}})
+    return _encoder.encode(ErrorResponse(error=ErrorDetail(type=kind, message=exc.message)))
 
 
 def error_event(exc: CortexError) -> bytes:

@@ -30,6 +30,7 @@ from cortex.gateway.loads import Loads
 from cortex.gateway.management import Management
 from cortex.gateway.metrics import Metrics
 from cortex.gateway.neuron_client import open_client
+from cortex.gateway.openapi import document_route
 from cortex.gateway.proxy import Proxy
 from cortex.gateway.rates import RateBook
 from cortex.gateway.reload import Reloader
@@ -137,12 +138,13 @@ async def open_apps(
             metrics=metrics,
             intake=Intake(live, fleet),
         )
+        routes = [*handlers.routes(), *Management(fleet).routes()]
         try:
             await watch.first_round()
             yield GatewayApps(
                 api=RequestIds(
                     KeyMiddleware(
-                        build_app([*handlers.routes(), *Management(fleet).routes()]),
+                        build_app([*routes, document_route(routes)]),
                         gatekeeper,
                         limiter,
                         metrics,

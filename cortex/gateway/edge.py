@@ -22,7 +22,7 @@ from cortex.gateway.windows import Standing, rate_headers
 # is forgotten here asks for one.
 OPEN_PATHS = frozenset(["/health"])
 # What is for whoever may call at all; the rest is for those who run the fleet.
-CALLER_PATHS = frozenset(["/", "/plan"]) | OPEN_PATHS
+CALLER_PATHS = frozenset(["/", "/plan", "/openapi.json"]) | OPEN_PATHS
 CALLER_PREFIXES = ("/v1/", "/why/")
 VISIT = "cortex.visit"
 # The SDKs wait at most this long between tries.
