@@ -32,6 +32,7 @@ from cortex.neuron.engine.protocol import (
     Command,
     EngineStats,
     Event,
+    ImagePixels,
     Loaded,
     LoadFailed,
     LoadModel,
@@ -258,8 +259,11 @@ class EngineClient:
             ) from exc
         return self.loaded
 
-    def submit(self, requests: Sequence[Submit]) -> Generation:
+    def submit(self, requests: Sequence[Submit], pixels: Sequence[bytes] = ()) -> Generation:
         """Hand the sequences of a request to the engine, under request ids of this client's.
+
+        Args:
+            pixels: of the images that each of the sequences has.
 
         Raises:
             ModelRecoveringError: the engine has ended.
@@ -275,6 +279,8 @@ class EngineClient:
             self._heard_s = self._clock()
         for choice_idx, (request_id, request) in enumerate(zip(request_ids, requests, strict=True)):
             self._generations[request_id] = (generation, choice_idx)
+            for each in pixels:
+                self._send(ImagePixels(request_id=request_id, pixels=each))
             self._send(msgspec.structs.replace(request, request_id=request_id))
         return generation
 

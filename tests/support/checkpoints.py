@@ -23,6 +23,7 @@ sys.modules.setdefault("fla", None)  # type: ignore[arg-type]
 
 VOCAB_SIZE = 500
 EOS_ID = 2
+IMAGE_TOKEN_ID = 264
 
 _LLAMA: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -62,6 +63,15 @@ _QWEN3_5: dict[str, Any] = {
         "mrope_section": [2, 1, 1],
     },
 }
+_VISION: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "patch_size": 4,
+    "num_position_embeddings": 25,
+}
 LLAMA3_ROPE: dict[str, Any] = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -91,20 +101,34 @@ def qwen3_5_text(
     return _write(transformers.Qwen3_5ForCausalLM, config, directory, dtype, shard_bytes)
 
 
-def qwen3_5_wrapper(directory: pathlib.Path, **changes: Any) -> Any:
-    """Write a qwen3_5 checkpoint with a nested text_config and a vision tower."""
+def qwen3_5_wrapper(
+    directory: pathlib.Path, *, vision: dict[str, Any] | None = None, **changes: Any
+) -> Any:
+    """Write a qwen3_5 checkpoint with a nested text_config and a vision tower.
+
+    Args:
+        vision: changes of the tower; the others are of the text model.
+    """
     config = transformers.Qwen3_5Config(
         text_config={**_QWEN3_5, **changes},
-        vision_config={
-            "depth": 1,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-        },
+        vision_config={**_VISION, **(vision or {})},
+        image_token_id=IMAGE_TOKEN_ID,
         tie_word_embeddings=changes.get("tie_word_embeddings", False),
     )
     return _write(transformers.Qwen3_5ForConditionalGeneration, config, directory, torch.float32)
+
+
+def write_image_rules(directory: pathlib.Path, *, min_pixels: int, max_pixels: int) -> None:
+    """Write a preprocessor_config.json whose normalisation differs from the defaults."""
+    settings = {
+        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.5, 0.25, 0.2],
+        "patch_size": _VISION["patch_size"],
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    }
+    (directory / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
 def _write(
@@ -128,6 +152,9 @@ def _write(
     return model
 
 
+_TOWER_NORMS = (".norm1.weight", ".norm2.weight", "merger.norm.weight")
+
+
 def randomise(model: torch.nn.Module, *, seed: int) -> None:
     """Draw every parameter anew, at scales that make logits differ clearly."""
     generator = torch.Generator().manual_seed(seed)
@@ -139,7 +166,7 @@ def randomise(model: torch.nn.Module, *, seed: int) -> None:
             parameter.copy_(noise - 2.0)
         elif "conv1d" in name:
             parameter.copy_(0.4 * noise)
-        elif name.endswith("linear_attn.norm.weight"):
+        elif name.endswith(("linear_attn.norm.weight", *_TOWER_NORMS)):
             parameter.copy_(1.0 + 0.2 * noise)
         elif "norm" in name:
             centre = 0.0 if hasattr(model.config, "linear_num_key_heads") else 1.0
@@ -150,7 +177,7 @@ def randomise(model: torch.nn.Module, *, seed: int) -> None:
         elif "embed_tokens" in name:
             parameter.copy_(0.2 * noise)
         else:
-            parameter.copy_(1.6 * noise / parameter.shape[-1] ** 0.5)
+            parameter.copy_(1.6 * noise / parameter[0].numel() ** 0.5)
 
 
 def write_gguf(

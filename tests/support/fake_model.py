@@ -1,5 +1,7 @@
 """A model whose every logit is read back from the caches, so that cache mistakes show."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,7 @@ class FakeModel:
         self.vocab_size = vocab_size
         self.max_position_embeddings = 512
         self.weight_bytes = 1000
+        self.vision: Any = None
         self.batches: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         self.fault: Exception | None = None
         self.nan_after: int | None = None

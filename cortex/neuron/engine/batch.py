@@ -60,9 +60,10 @@ class BatchBuilder:
         blocks = self._table[token_slots, positions // self._block_size]
         ends = {chunk.sequence: end for chunk, end in zip(layout, starts[1:].tolist(), strict=True)}
         logit_rows = [ends[chunk.sequence] - 1 for chunk in chunks if chunk.is_last]
+        image_rows, image_embeddings = self._images(layout)
         return StepBatch(
             token_ids=self._tensor(np.array(token_ids, dtype=np.int64)),
-            positions=self._tensor(positions),
+            positions=self._tensor(_places(layout, positions)),
             query_lens=tuple(query_lens),
             context_lens=tuple(context_lens),
             query_starts=self._tensor(starts),
@@ -71,8 +72,43 @@ class BatchBuilder:
             state_slots=self._tensor(slots),
             fresh_slots=tuple(s.slot for s in sequences if s.num_computed == 0),
             logit_rows=self._tensor(np.array(logit_rows, dtype=np.int64)),
+            image_rows=image_rows,
+            image_embeddings=image_embeddings,
         )
+
+    def _images(self, layout: list[Chunk]) -> tuple[Tensor | None, Tensor | None]:
+        """Return which rows are tokens of images, and those images' embeddings of them."""
+        rows: list[NDArray[np.int64]] = []
+        embeddings: list[Tensor] = []
+        row = 0
+        for chunk in layout:
+            start = chunk.sequence.num_computed
+            for image in chunk.sequence.images:
+                part = image.overlap(start, start + chunk.num_tokens)
+                if part is not None:
+                    assert image.embeddings is not None, "nobody has looked at the image"
+                    rows.append(row + np.arange(part[0] - start, part[1] - start))
+                    embeddings.append(
+                        image.embeddings[part[0] - image.start : part[1] - image.start]
+                    )
+            row += chunk.num_tokens
+        if not rows:
+            return None, None
+        return self._tensor(np.concatenate(rows)), torch.cat(embeddings)
 
     def _tensor(self, array: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._device.type == "cpu" else tensor.to(self._device)
+
+
+def _places(layout: list[Chunk], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return what tokens turn by: their indices, or three rows where a sequence has images."""
+    if not any(chunk.sequence.images for chunk in layout):
+        return positions
+    places = np.tile(positions, (3, 1))
+    row = 0
+    for chunk in layout:
+        if chunk.sequence.images:
+            places[:, row : row + chunk.num_tokens] = chunk.sequence.places(chunk.num_tokens)
+        row += chunk.num_tokens
+    return places

@@ -9,9 +9,11 @@ import torch
 from cortex.core.errors import BadRequestError, CortexError
 from cortex.neuron.engine.compiling import CompilingQueue
 from cortex.neuron.engine.constraint import ConstraintCompiler, ConstraintError, ConstraintState
+from cortex.neuron.engine.images import SequenceImage, image_problem
 from cortex.neuron.engine.protocol import (
     EngineStats,
     FinishReason,
+    ImagePixels,
     Logprob,
     StepDone,
     Submit,
@@ -65,6 +67,8 @@ class Engine:
         self._compiler = ConstraintCompiler(self._vocab_size)
         self._compiling: CompilingQueue | None = None
         self._sequences: dict[int, Sequence] = {}
+        # Of requests that have no sequence yet.
+        self._pixels: dict[int, list[bytes]] = {}
         self._events: list[TokenEvent] = []
         self._prefill_rate = RunningRate()
         self._decode_rate = RunningRate()
@@ -89,6 +93,10 @@ class Engine:
         """Whether events are waiting to be reported without a step."""
         return bool(self._events)
 
+    def take_pixels(self, image: ImagePixels) -> None:
+        """Keep an image for the request that is going to be submitted."""
+        self._pixels.setdefault(image.request_id, []).append(image.pixels)
+
     def submit(self, submit: Submit) -> None:
         """Queue a request; one that cannot be served ends at once with an error event."""
         request_id = submit.request_id
@@ -96,7 +104,8 @@ class Engine:
             # An event would end the running sequence of that number at the other side.
             _log.error("request %d is running already: ignored", request_id)
             return
-        problem = self._problem(submit)
+        pixels = self._pixels.get(request_id, [])
+        problem = self._problem(submit) or image_problem(submit, pixels, self._runner.model.vision)
         if problem is not None:
             self._refuse(request_id, BadRequestError(problem))
             return
@@ -133,6 +142,7 @@ class Engine:
             self._remove(sequence)
         elif self._compiling is not None and request_id in self._compiling:
             self._compiling.discard(request_id)
+            self._pixels.pop(request_id, None)
         else:
             return
         self._events.append(TokenEvent(request_id=request_id, finish="cancelled"))
@@ -140,7 +150,7 @@ class Engine:
     def step(self) -> StepDone:
         """Compute one step, if there is work, and report everything since the last report."""
         self.admit_ready()
-        chunks = self._scheduler.schedule(self._step_tokens())
+        chunks = self._seen(self._scheduler.schedule(self._step_tokens()))
         if chunks:
             start_s = self._clock()
             try:
@@ -151,6 +161,18 @@ class Engine:
                 self._advance(chunks, sampled)
                 self._measure(chunks, self._clock() - start_s)
         return self.report()
+
+    def _seen(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Look at the images of a step, and end the sequences for which that fails."""
+        seen: list[Chunk] = []
+        for chunk in chunks:
+            try:
+                self._runner.look(chunk)
+            except Exception as exc:  # noqa: BLE001  one image's failure must not end the others
+                self._fail([chunk], exc)
+            else:
+                seen.append(chunk)
+        return [] if self.is_lost else seen
 
     def report(self) -> StepDone:
         """Return the events since the last report and fresh stats, without computing."""
@@ -205,13 +227,23 @@ class Engine:
             vocab_size=self._vocab_size,
             device=self._runner.device,
         )
+        pixels, vision = self._pixels.pop(submit.request_id, []), self._runner.model.vision
         sequence = Sequence(
-            submit, max_model_len=self._max_model_len, sampling=sampling, constraint=constraint
+            submit,
+            max_model_len=self._max_model_len,
+            sampling=sampling,
+            constraint=constraint,
+            images=[
+                SequenceImage(span, data, vision.token_side)
+                for span, data in zip(submit.images, pixels, strict=True)
+                if vision is not None
+            ],
         )
         self._scheduler.add(sequence)
         self._sequences[submit.request_id] = sequence
 
     def _refuse(self, request_id: int, error: CortexError) -> None:
+        self._pixels.pop(request_id, None)
         self._events.append(
             TokenEvent(
                 request_id=request_id,

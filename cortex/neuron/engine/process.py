@@ -23,6 +23,7 @@ from cortex.neuron.engine.loader import load_engine
 from cortex.neuron.engine.protocol import (
     Cancel,
     Command,
+    ImagePixels,
     Loaded,
     LoadFailed,
     LoadModel,
@@ -126,6 +127,8 @@ def _steps(link: NeuronLink, engine: Engine, commands: list[Command]) -> int:
 def _apply(engine: Engine, command: Command) -> None:
     if isinstance(command, Submit):
         engine.submit(command)
+    elif isinstance(command, ImagePixels):
+        engine.take_pixels(command)
     elif isinstance(command, Cancel):
         engine.cancel(command.request_id)
     else:

@@ -12,6 +12,8 @@ from cortex.neuron.models.source import ModelSource
 
 MAX_FRAME_BYTES = 64 << 20
 LENGTH_BYTES = 4
+# Of one image, so that its frame has room for the rest.
+MAX_PIXEL_BYTES = 48 << 20
 
 # `TokenEvent.code` where the request's grammar, and so its tools or its schema, is at fault.
 INVALID_GRAMMAR = "invalid_grammar"
@@ -63,8 +65,34 @@ class Constraint(msgspec.Struct, kw_only=True, frozen=True):
     skip_until_id: int | None = None
 
 
+class ImageSpan(msgspec.Struct, kw_only=True, frozen=True):
+    """Where in a prompt an image stands.
+
+    Attributes:
+        start: index of the first of its tokens.
+        width, height: in pixels, multiples of what one token covers.
+        digest: the same for the same pixels and size, and for no other ones.
+    """
+
+    start: int
+    width: int
+    height: int
+    digest: bytes
+
+
+class ImagePixels(msgspec.Struct, kw_only=True, frozen=True, tag="pixels"):
+    """The pixels of the next image of a request, before its `Submit`: a frame each.
+
+    Attributes:
+        pixels: red, green and blue of each, row by row.
+    """
+
+    request_id: int
+    pixels: bytes
+
+
 class Submit(msgspec.Struct, kw_only=True, frozen=True, tag="submit"):
-    """Start generating for one sequence."""
+    """Start generating for one sequence; `images` are in the order of the prompt."""
 
     request_id: int
     prompt_ids: list[int]
@@ -72,6 +100,7 @@ class Submit(msgspec.Struct, kw_only=True, frozen=True, tag="submit"):
     stop_ids: list[int] = []
     sampling: Sampling = Sampling()
     constraint: Constraint | None = None
+    images: list[ImageSpan] = []
 
 
 class Cancel(msgspec.Struct, kw_only=True, frozen=True, tag="cancel"):
@@ -159,7 +188,7 @@ class StepDone(msgspec.Struct, kw_only=True, frozen=True, tag="step"):
     stats: EngineStats
 
 
-Command = LoadModel | Submit | Cancel | Shutdown
+Command = LoadModel | ImagePixels | Submit | Cancel | Shutdown
 Event = Progress | Loaded | LoadFailed | StepDone
 
 COMMANDS = msgspec.msgpack.Decoder(Command)

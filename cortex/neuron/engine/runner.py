@@ -8,6 +8,7 @@ from torch import Tensor
 from cortex.neuron.engine.batch import BatchBuilder
 from cortex.neuron.engine.cache import blocks_for
 from cortex.neuron.engine.constraint import ConstraintState, apply_masks
+from cortex.neuron.engine.images import CHANNELS
 from cortex.neuron.engine.sampler import Sampled, edit_logits, keep_raw, sample
 from cortex.neuron.engine.scheduler import Chunk
 from cortex.neuron.engine.sequence import Sequence
@@ -40,6 +41,15 @@ class Runner:
         )
 
     @torch.inference_mode()
+    def look(self, chunk: Chunk) -> None:
+        """Compute what `step` needs of the images that a chunk has tokens of."""
+        start = chunk.sequence.num_computed
+        for image in chunk.sequence.images:
+            if image.overlap(start, start + chunk.num_tokens):
+                assert self.model.vision is not None
+                image.look(self.model.vision)
+
+    @torch.inference_mode()
     def step(self, chunks: list[Chunk]) -> Sampled | None:
         """Compute some chunks; return one draw per chunk that is its sequence's last, in order.
 
@@ -47,12 +57,18 @@ class Runner:
         """
         batch = self._builder.build(chunks)
         logits = self.model.forward(batch, self._caches)
+        for chunk in chunks:
+            for image in chunk.sequence.images:
+                if image.stop <= chunk.sequence.num_computed + chunk.num_tokens:
+                    image.embeddings = None
         sequences = [chunk.sequence for chunk in chunks if chunk.is_last]
         return self._sample(logits, sequences) if sequences else None
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run one prefill and one decode token through block 0 and slot 0, for first-use costs.
+        """Run a prefill and a decode token through block 0 and slot 0, and an image of one token.
+
+        First use costs, and no request should pay for it.
 
         What they leave there does no harm: a sequence reads only positions it has written.
         """
@@ -72,6 +88,10 @@ class Runner:
                 logit_rows=torch.tensor([num_tokens - 1], device=self.device),
             )
             self.model.forward(batch, self._caches).max(dim=-1)
+        vision = self.model.vision
+        if vision is not None:
+            side = vision.token_side
+            vision(torch.zeros(side, side, CHANNELS, dtype=torch.uint8))
 
     @torch.inference_mode()
     def scrub(self, sequence: Sequence) -> None:

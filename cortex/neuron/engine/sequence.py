@@ -1,7 +1,13 @@
 """One request inside the engine."""
 
+from collections.abc import Sequence as Many
+
+import numpy as np
+from numpy.typing import NDArray
+
 from cortex.neuron.engine.cache import NO_SLOT
 from cortex.neuron.engine.constraint import ConstraintState
+from cortex.neuron.engine.images import SequenceImage, place_tokens, position_shift
 from cortex.neuron.engine.protocol import FinishReason, Submit
 from cortex.neuron.engine.sampler import SamplingState
 
@@ -18,15 +24,18 @@ class Sequence:
         blocks: KV blocks held, in order.
         slot: state slot held, or NO_SLOT.
         num_tabled_blocks: leading `blocks` the batch builder has written to its block table.
+        images: those of the prompt, in order.
     """
 
     __slots__ = (
         "blocks",
         "constraint",
+        "images",
         "max_len",
         "num_computed",
         "num_prompt_tokens",
         "num_tabled_blocks",
+        "prompt_places",
         "request_id",
         "sampling",
         "slot",
@@ -41,6 +50,7 @@ class Sequence:
         max_model_len: int,
         sampling: SamplingState,
         constraint: ConstraintState | None = None,
+        images: Many[SequenceImage] = (),
     ) -> None:
         self.request_id = submit.request_id
         self.token_ids = list(submit.prompt_ids)
@@ -53,11 +63,22 @@ class Sequence:
         self.blocks: list[int] = []
         self.slot = NO_SLOT
         self.num_tabled_blocks = 0
+        self.images = images
+        self.prompt_places = place_tokens(self.num_prompt_tokens, images) if images else None
 
     @property
     def num_pending(self) -> int:
         """Known tokens that are not in the caches yet: 1 in decode, more in prefill."""
         return len(self.token_ids) - self.num_computed
+
+    def places(self, num_tokens: int) -> NDArray[np.int64]:
+        """Return (3, num_tokens): time, row and column of the next pending tokens."""
+        start, stop = self.num_computed, self.num_computed + num_tokens
+        rest = np.arange(max(start, self.num_prompt_tokens), stop)
+        places = np.tile(rest + position_shift(self.images), (3, 1))
+        if self.prompt_places is None or start >= self.num_prompt_tokens:
+            return places
+        return np.concatenate((self.prompt_places[:, start:stop], places), axis=1)
 
     def append(self, token_id: int) -> FinishReason | None:
         """Add a sampled token; return why the sequence ends with it, if it does.

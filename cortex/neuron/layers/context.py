@@ -16,7 +16,8 @@ class StepBatch:
 
     Attributes:
         token_ids: (N,) int64.
-        positions: (N,) int64, each token's index in its sequence.
+        positions: (N,) int64, each token's place in its sequence for the rotation; (3, N), its
+            time, row and column, where a sequence of the step has images.
         query_lens: tokens of each sequence in this step, at least 1 each; sums to N. The ones
             come first.
         context_lens: tokens of each sequence already in the caches before this step.
@@ -27,6 +28,8 @@ class StepBatch:
         fresh_slots: the slots among them whose sequence begins in this step, and so from a zero
             state whatever they hold.
         logit_rows: (L,) int64, rows of the token dimension whose logits are wanted.
+        image_rows: (M,) int64, rows that are tokens of images; None without any.
+        image_embeddings: (M, hidden), what stands in those rows for a token's embedding.
     """
 
     token_ids: Tensor
@@ -39,6 +42,8 @@ class StepBatch:
     state_slots: Tensor
     fresh_slots: tuple[int, ...]
     logit_rows: Tensor
+    image_rows: Tensor | None = None
+    image_embeddings: Tensor | None = None
 
     @property
     def is_decode(self) -> bool:

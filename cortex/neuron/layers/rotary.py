@@ -31,17 +31,41 @@ def llama3_frequencies(
     return frequencies * (blend + (1.0 - blend) / factor)
 
 
+def interleaved_axes(num_pairs: int, sections: tuple[int, int]) -> Tensor:
+    """Return which of a token's positions each pair turns by: (num_pairs,) int64 of 0, 1 and 2.
+
+    Time (0), row (1) and column (2) alternate as long as rows and columns have pairs left; time
+    takes the rest.
+    """
+    axes = torch.zeros(num_pairs, dtype=torch.int64)
+    for axis, count in enumerate(sections, start=1):
+        axes[axis : 3 * count : 3] = axis
+    return axes
+
+
 class RotaryAngles:
     """Cosines and sines of one step's positions, shared by all layers.
 
     Args:
         frequencies: (rotary_dim / 2,) float32, radians per position.
-        positions: (N,) int64.
+        positions: (N,) int64, or (A, N) where a token has several.
         dtype: of the heads to be rotated.
+        axes: (rotary_dim / 2,) int64, which of several positions each pair turns by.
     """
 
-    def __init__(self, frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> None:
-        angles = positions[:, None].to(torch.float32) * frequencies
+    def __init__(
+        self,
+        frequencies: Tensor,
+        positions: Tensor,
+        dtype: torch.dtype,
+        axes: Tensor | None = None,
+    ) -> None:
+        if positions.ndim > 1:
+            assert axes is not None, "several positions a token, and no axes"
+            spread = positions.index_select(0, axes).T
+        else:
+            spread = positions[:, None]
+        angles = spread.to(torch.float32) * frequencies
         cos, sin = angles.cos(), angles.sin()
         # The sign of rotate-half is folded into the sines.
         self._cos = torch.cat((cos, cos), dim=-1)[:, None].to(dtype)

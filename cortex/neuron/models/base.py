@@ -8,6 +8,24 @@ from torch import Tensor
 from cortex.neuron.layers.context import Caches, CacheSpec, StepBatch
 
 
+class Vision(Protocol):
+    """What turns images into tokens.
+
+    Attributes:
+        token_side: pixels that one token covers each way.
+        image_token_id: stands in a prompt for each of an image's tokens.
+    """
+
+    token_side: int
+    image_token_id: int
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Map (height, width, 3) uint8 to (tokens, hidden), row by row.
+
+        Both sides are multiples of `token_side`. The caller sets inference mode.
+        """
+
+
 class CausalLM(Protocol):
     """A loaded model.
 
@@ -15,6 +33,7 @@ class CausalLM(Protocol):
         cache_spec: shapes of the caches that `forward` needs.
         dtype, device: of weights and activations; of the KV cache too.
         weight_bytes: device memory held by weights.
+        vision: None for a model that reads text only.
     """
 
     cache_spec: CacheSpec
@@ -23,6 +42,7 @@ class CausalLM(Protocol):
     vocab_size: int
     max_position_embeddings: int
     weight_bytes: int
+    vision: Vision | None
 
     def forward(self, batch: StepBatch, caches: Caches) -> Tensor:
         """Run one step and return the logits of `batch.logit_rows`, (L, vocab_size) float32.

@@ -64,6 +64,10 @@ class LayerBuilder:
         self.num_bytes += tensor.nbytes
         return tensor
 
+    def transient(self, name: str, *shape: int) -> Tensor:
+        """Return a tensor in float32 on the device that the caller makes something else of."""
+        return self._owned(name, shape, torch.float32)
+
     def mlp(self, name: str) -> GatedMlp:
         """Return the feed-forward block of a layer."""
         hidden, inner = self._config.hidden_size, self._config.intermediate_size

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 import msgspec
 
 from cortex.core.errors import CheckpointError
-from cortex.neuron.models.hf_files import read_json
+from cortex.neuron.models.hf_files import has_vision_tower, read_json
+from cortex.neuron.models.vision_config import RawVision, VisionConfig, make_vision_config
 
 SUPPORTED_MODEL_TYPES = ("llama", "qwen3_5", "qwen3_5_text")
 
@@ -32,6 +33,9 @@ class RopeConfig(msgspec.Struct, kw_only=True, frozen=True):
     original_max_positions: int = 8192
     # Divisors of the frequencies, one for each pair of dimensions; GGUF stores llama3 scaling so.
     freq_factors: tuple[float, ...] = ()
+    # Pairs that turn by an image token's row and by its column, interleaved with those that turn
+    # by its time; None: a token has one position.
+    image_sections: tuple[int, int] | None = None
 
 
 class GdnConfig(msgspec.Struct, kw_only=True, frozen=True):
@@ -68,6 +72,8 @@ class ModelConfig(msgspec.Struct, kw_only=True, frozen=True):
     attention_bias: bool = False
     mlp_bias: bool = False
     gdn: GdnConfig | None = None
+    # None: the checkpoint has no vision tower, or its weights are not there.
+    vision: VisionConfig | None = None
     # Indices of the layers that attend; the others are GDN layers.
     attention_layers: tuple[int, ...]
 
@@ -113,6 +119,8 @@ class _RawRope(msgspec.Struct, kw_only=True):
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     original_max_position_embeddings: int | None = None
+    mrope_section: list[int] | None = None
+    mrope_interleaved: bool | None = None
 
 
 class _RawText(msgspec.Struct, kw_only=True):
@@ -154,6 +162,8 @@ class _RawQuantization(msgspec.Struct, kw_only=True):
 
 class _RawConfig(_RawText, kw_only=True):
     text_config: _RawText | None = None
+    vision_config: RawVision | None = None
+    image_token_id: int | None = None
     quantization_config: _RawQuantization | None = None
 
 
@@ -195,13 +205,40 @@ def read_hf_config(directory: pathlib.Path) -> CheckpointConfig:
     ):
         # Silent or contradictory: the presence of the head's tensor decides.
         tied = raw.tie_word_embeddings if tied is None else None
-    model = _model_config(text, family=family, tied=tied, path=path)
+    vision = None
+    if raw.vision_config is not None and has_vision_tower(directory):
+        vision = _vision_config(raw, raw.vision_config, text, directory)
+    model = _model_config(text, family=family, tied=tied, path=path, vision=vision)
     generation = _generation_defaults(directory, [raw.eos_token_id, text.eos_token_id])
     return CheckpointConfig(model=model, generation=generation)
 
 
+def _vision_config(
+    raw: _RawConfig, tower: RawVision, text: _RawText, directory: pathlib.Path
+) -> VisionConfig:
+    path = directory / "config.json"
+    rope = text.rope_parameters or text.rope_scaling or _RawRope()
+    if rope.mrope_interleaved is False:
+        raise CheckpointError(f"{path}: positions of images in blocks are not supported")
+    image_token_id = _required(raw.image_token_id, "image_token_id", path)
+    if not 0 <= image_token_id < (text.vocab_size or 0):
+        raise CheckpointError(f"{path}: image_token_id {image_token_id} is outside the vocabulary")
+    vision = make_vision_config(tower, image_token_id=image_token_id, directory=directory)
+    if vision.out_hidden_size != text.hidden_size:
+        raise CheckpointError(
+            f"{path}: the vision tower makes tokens of {vision.out_hidden_size} numbers, the "
+            f"language model takes {text.hidden_size}"
+        )
+    return vision
+
+
 def _model_config(
-    text: _RawText, *, family: _Family, tied: bool | None, path: pathlib.Path
+    text: _RawText,
+    *,
+    family: _Family,
+    tied: bool | None,
+    path: pathlib.Path,
+    vision: VisionConfig | None,
 ) -> ModelConfig:
     _refuse_unsupported(text, path)
     hidden_size = _required(text.hidden_size, "hidden_size", path)
@@ -226,6 +263,7 @@ def _model_config(
         attention_bias=text.attention_bias,
         mlp_bias=text.mlp_bias,
         gdn=_gdn_config(text) if is_hybrid else None,
+        vision=vision,
         attention_layers=_attention_layers(text, num_layers, is_hybrid=is_hybrid, path=path),
     )
     check_shapes(config, path)
@@ -308,9 +346,16 @@ def _rope_config(
     rotary_dim = int(head_dim * partial)
     kind = rope.rope_type or rope.type or "default"
     match kind:
-        # In a text-only prompt the three grids of "mrope" are equal: plain rotation.
+        # In a text-only prompt the three positions of "mrope" are equal: plain rotation.
         case "default" | "mrope":
-            return RopeConfig(rotary_dim=rotary_dim, theta=theta)
+            sections = rope.mrope_section
+            if sections is not None and len(sections) != 3:
+                raise CheckpointError(f"{path}: mrope_section has to name three numbers")
+            return RopeConfig(
+                rotary_dim=rotary_dim,
+                theta=theta,
+                image_sections=None if sections is None else (sections[1], sections[2]),
+            )
         case "linear" if rope.factor:
             return RopeConfig(rotary_dim=rotary_dim, theta=theta, kind="linear", factor=rope.factor)
         case "llama3" if rope.factor and rope.original_max_position_embeddings:

@@ -9,14 +9,15 @@ import msgspec
 from cortex.neuron.models.config import CheckpointConfig, read_hf_config
 from cortex.neuron.models.gguf_config import read_gguf_config
 from cortex.neuron.models.gguf_file import GgufTensor, read_gguf
-from cortex.neuron.models.hf_files import StoredTensor, list_text_tensors
+from cortex.neuron.models.hf_files import StoredTensor, list_tensors
 from cortex.neuron.models.source import ModelSource
 
 
 class ModelFacts(msgspec.Struct, kw_only=True, frozen=True):
     """A checkpoint's size and limits.
 
-    `weight_bytes` and `num_parameters` count the text model's tensors as stored in the files.
+    `weight_bytes` and `num_parameters` count the tensors that are loaded, as stored in the files;
+    `takes_images` says that a vision tower is among them.
     """
 
     family: str
@@ -26,6 +27,7 @@ class ModelFacts(msgspec.Struct, kw_only=True, frozen=True):
     num_parameters: int
     kv_elements_per_token: int
     state_bytes_per_slot_f32: int
+    takes_images: bool = False
 
 
 def describe(source: ModelSource) -> ModelFacts:
@@ -40,7 +42,7 @@ def describe(source: ModelSource) -> ModelFacts:
     if source.kind == "gguf":
         tensors = read_gguf(path).tensors.values()
     else:
-        tensors = list_text_tensors(path).values()
+        tensors = list_tensors(path, with_vision=config.vision is not None).values()
     return ModelFacts(
         family=config.family,
         max_position_embeddings=config.max_position_embeddings,
@@ -49,6 +51,7 @@ def describe(source: ModelSource) -> ModelFacts:
         num_parameters=sum(math.prod(each.shape) for each in tensors),
         kv_elements_per_token=config.kv_elements_per_token,
         state_bytes_per_slot_f32=4 * config.state_elements_per_slot,
+        takes_images=config.vision is not None,
     )
 
 

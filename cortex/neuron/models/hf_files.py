@@ -1,6 +1,7 @@
 """The files of a Hugging Face layout directory: JSON, safetensors headers; imports no torch."""
 
 import pathlib
+from collections.abc import Collection
 from typing import TypeVar
 
 import msgspec
@@ -13,6 +14,9 @@ _LENGTH_BYTES = 8
 _INDEX_NAME = "model.safetensors.index.json"
 
 _PREFIXES = ("model.language_model.", "model.")
+_VISION_PREFIXES = ("model.visual.", "visual.")
+_VISION_NAME = "visual."
+_VISION_PROBE = "patch_embed.proj.weight"
 
 
 class StoredTensor(msgspec.Struct, kw_only=True, frozen=True):
@@ -59,10 +63,11 @@ def read_json(path: pathlib.Path, kind: type[T]) -> T:
         raise CheckpointError(f"{path}: {exc}") from exc
 
 
-def list_text_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
-    """Return the text model's tensors by name, without the `model.` or wrapper prefix.
+def list_tensors(directory: pathlib.Path, *, with_vision: bool) -> dict[str, StoredTensor]:
+    """Return a model's tensors by name, without the `model.` or wrapper prefix.
 
-    Vision towers and multi-token-prediction heads are left out.
+    Those of a vision tower begin with `visual.`; without `with_vision` they are left out, and
+    multi-token-prediction heads are in any case.
 
     Raises:
         CheckpointError: no safetensors files, or one is missing, malformed or cut short.
@@ -75,20 +80,49 @@ def list_text_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
     if prefix is None:
         raise CheckpointError(f"{directory}: tensor 'model.embed_tokens.weight' is missing")
     wanted = (f"{prefix}layers.", f"{prefix}embed_tokens.", f"{prefix}norm.", "lm_head.")
-    return {
+    text = {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
         if name.startswith(wanted)
     }
+    tower = _vision_prefix(tensors) if with_vision else None
+    if tower is None:
+        return text
+    return text | {
+        _VISION_NAME + name.removeprefix(tower): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(tower)
+    }
+
+
+def has_vision_tower(directory: pathlib.Path) -> bool:
+    """Whether the weights of a vision tower are among the files; no more than a look.
+
+    Raises:
+        CheckpointError: a file is malformed or cut short.
+    """
+    index = directory / _INDEX_NAME
+    if index.exists():
+        return _vision_prefix(read_json(index, _Index).weight_map) is not None
+    files = _single_file(directory)
+    return len(files) == 1 and _vision_prefix(_read_header(files[0])) is not None
+
+
+def _vision_prefix(names: Collection[str]) -> str | None:
+    return next((each for each in _VISION_PREFIXES if each + _VISION_PROBE in names), None)
+
+
+def _single_file(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Return the one file that holds all tensors where there is no index; else what there is."""
+    single = directory / "model.safetensors"
+    files = sorted(directory.glob("*.safetensors"))
+    return [single] if single in files else files
 
 
 def _list_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
     index = directory / _INDEX_NAME
     if not index.exists():
-        files = sorted(directory.glob("*.safetensors"))
-        single = directory / "model.safetensors"
-        if single in files:
-            files = [single]
+        files = _single_file(directory)
         if len(files) != 1:
             raise CheckpointError(
                 f"{directory}: no model.safetensors and no {_INDEX_NAME}; "

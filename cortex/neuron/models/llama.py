@@ -9,7 +9,7 @@ from cortex.neuron.layers.linear import GatedMlp
 from cortex.neuron.layers.norm import RmsNorm
 from cortex.neuron.layers.plan import make_plan
 from cortex.neuron.layers.rotary import RotaryAngles
-from cortex.neuron.models.base import WeightSource
+from cortex.neuron.models.base import Vision, WeightSource
 from cortex.neuron.models.builder import LayerBuilder, rope_frequencies
 from cortex.neuron.models.config import ModelConfig
 
@@ -35,6 +35,7 @@ class Llama:
         self.vocab_size = config.vocab_size
         self.max_position_embeddings = config.max_position_embeddings
         self.weight_bytes = build.num_bytes
+        self.vision: Vision | None = None
 
     def forward(self, batch: StepBatch, caches: Caches) -> Tensor:
         """Run one step and return the logits of `batch.logit_rows`, (L, vocab_size) float32."""

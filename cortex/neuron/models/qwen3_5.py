@@ -1,4 +1,4 @@
-"""The text model of Qwen3.5: Gated DeltaNet layers with gated full attention in between."""
+"""Qwen3.5: Gated DeltaNet layers with gated full attention between them, perhaps a vision tower."""
 
 import torch
 from torch import Tensor
@@ -8,14 +8,18 @@ from cortex.neuron.layers.context import Caches, CacheSpec, StepBatch
 from cortex.neuron.layers.gdn import GatedDeltaNet
 from cortex.neuron.layers.norm import RmsNorm
 from cortex.neuron.layers.plan import make_plan
-from cortex.neuron.layers.rotary import RotaryAngles
-from cortex.neuron.models.base import WeightSource
+from cortex.neuron.layers.rotary import RotaryAngles, interleaved_axes
+from cortex.neuron.models.base import Vision, WeightSource
 from cortex.neuron.models.builder import LayerBuilder, rope_frequencies
 from cortex.neuron.models.config import GdnConfig, ModelConfig
+from cortex.neuron.models.vision import VisionTower
+
+# Where the configuration does not say: pairs that turn by an image token's row and column.
+_IMAGE_SECTIONS = (11, 10)
 
 
 class Qwen35:
-    """A qwen3_5 text model; see `CausalLM` for its attributes."""
+    """A qwen3_5 model; see `CausalLM` for its attributes."""
 
     def __init__(
         self, config: ModelConfig, weights: WeightSource, device: torch.device, dtype: torch.dtype
@@ -43,13 +47,19 @@ class Qwen35:
         self.device = device
         self.vocab_size = config.vocab_size
         self.max_position_embeddings = config.max_position_embeddings
+        self._axes = _image_axes(config, self._frequencies)
+        self.vision: Vision | None = None
+        if config.vision is not None:
+            self.vision = VisionTower(config.vision, build, device, dtype)
         self.weight_bytes = build.num_bytes
 
     def forward(self, batch: StepBatch, caches: Caches) -> Tensor:
         """Run one step and return the logits of `batch.logit_rows`, (L, vocab_size) float32."""
         plan = make_plan(batch, caches)
-        angles = RotaryAngles(self._frequencies, batch.positions, self.dtype)
+        angles = RotaryAngles(self._frequencies, batch.positions, self.dtype, self._axes)
         x = self._embedding(batch.token_ids)
+        if batch.image_rows is not None and batch.image_embeddings is not None:
+            x = x.index_copy(0, batch.image_rows, batch.image_embeddings)
         kv = zip(caches.keys, caches.values, strict=True)
         states = zip(caches.conv_states, caches.recurrent_states, strict=True)
         for layer in self._layers:
@@ -60,6 +70,13 @@ class Qwen35:
                 x = x + layer.mixer(normed, plan, *next(states))
             x = x + layer.mlp(layer.mlp_norm(x))
         return self._head(self._norm(x[batch.logit_rows])).float()
+
+
+def _image_axes(config: ModelConfig, frequencies: Tensor) -> Tensor | None:
+    if config.vision is None:
+        return None
+    sections = config.rope.image_sections or _IMAGE_SECTIONS
+    return interleaved_axes(frequencies.shape[0], sections).to(frequencies.device)
 
 
 class _Layer:

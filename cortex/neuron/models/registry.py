@@ -38,7 +38,7 @@ def load_causal_lm(
     config = read_config(source).model
     if source.kind == "gguf":
         return _build(config, GgufWeights(read_gguf(path), config, progress), device, dtype)
-    with SafetensorsWeights(path, progress) as weights:
+    with SafetensorsWeights(path, progress, with_vision=config.vision is not None) as weights:
         return _build(config, weights, device, dtype)
 
 

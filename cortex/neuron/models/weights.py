@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cortex.core.errors import CheckpointError
-from cortex.neuron.models.hf_files import StoredTensor, list_text_tensors
+from cortex.neuron.models.hf_files import StoredTensor, list_tensors
 
 _DTYPES: Final = {
     "F64": torch.float64,
@@ -23,19 +23,26 @@ _FP8_BLOCK = 128
 
 
 class SafetensorsWeights:
-    """The text model's tensors, memory-mapped; see `WeightSource`.
+    """A model's tensors, memory-mapped; see `WeightSource`.
 
     Args:
         directory: where the files lie.
+        with_vision: whether the vision tower's are among them.
         progress: called after each tensor with the bytes read and the bytes in all.
 
     Raises:
         CheckpointError: the files are missing, malformed or cut short.
     """
 
-    def __init__(self, directory: pathlib.Path, progress: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        progress: Callable[[int, int], None],
+        *,
+        with_vision: bool = False,
+    ) -> None:
         self._directory = directory
-        self._tensors = list_text_tensors(directory)
+        self._tensors = list_tensors(directory, with_vision=with_vision)
         self._progress = progress
         self._bytes_done = 0
         self._bytes_total = sum(t.num_bytes for t in self._tensors.values())

@@ -27,10 +27,12 @@ def test_a_hybrid_is_described_from_its_headers(tmp_path):
     )
 
 
-def test_a_vision_tower_does_not_count(tmp_path):
-    checkpoints.qwen3_5_wrapper(tmp_path)
+def test_a_vision_tower_counts(tmp_path):
+    model = checkpoints.qwen3_5_wrapper(tmp_path)
     facts = describe(ModelSource(kind="hf", path=str(tmp_path)))
-    assert facts.num_parameters == 242_272
+    tower = sum(each.numel() for each in model.model.visual.parameters())
+    assert facts.num_parameters == 242_272 + tower
+    assert facts.takes_images
 
 
 def test_a_gguf_file_is_described_and_seen_again_after_a_change(tmp_path):
