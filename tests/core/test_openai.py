@@ -224,6 +224,7 @@ def test_usage_is_wanted_only_when_stream_options_says_so() -> None:
         ("verbosity", 3),
         ("presence_penalty", 2.5),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 5e-324),
         ("seed", 1 << 64),
     ],
 )

@@ -1,0 +1,1 @@
+"""Fuzzing: a few rounds in the tests, many by hand."""
