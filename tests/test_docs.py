@@ -26,6 +26,7 @@ STRUCTS = [
     config.HarnessName,
     config.DefaultModel,
     config.TorchHarness,
+    config.PrefixCacheConfig,
     config.Admission,
     config.CommandHarness,
     command.CommandModel,

@@ -141,6 +141,18 @@ class Admission(_Config, frozen=True):
     max_wait_secs: Positive = 120.0
 
 
+class PrefixCacheConfig(_Config, frozen=True):
+    """`[harness.torch.prefix_cache]`: what a model keeps for prompts that begin like earlier ones.
+
+    `budget_mb` and `max_entries` bound the states that hybrids keep; blocks of the KV cache are
+    kept for as long as nobody needs them, and cost nothing.
+    """
+
+    enabled: bool = True
+    budget_mb: Count = 1024
+    max_entries: Count = 32
+
+
 class TorchHarness(_Config, frozen=True):
     """`[harness.torch]`: our own engine."""
 
@@ -155,6 +167,7 @@ class TorchHarness(_Config, frozen=True):
     max_batched_tokens: Count = 512
     max_model_len: Count | None = None
     cache_mb: Count | None = None
+    prefix_cache: bool | PrefixCacheConfig = True
     constrain_tools: bool = True
     default_max_tokens: Count = 8192
     load_timeout_s: Positive = 1800.0
@@ -162,6 +175,12 @@ class TorchHarness(_Config, frozen=True):
     stall_s: Positive = 300.0  # longest silence of an engine with work in hand
     idle_ttl_s: Positive | None = None  # None: models stay until they must make room
     admission: Admission = Admission()
+
+    @property
+    def prefixes(self) -> PrefixCacheConfig:
+        """The prefix cache as a table, whichever way it is written."""
+        kept = self.prefix_cache
+        return PrefixCacheConfig(enabled=kept) if isinstance(kept, bool) else kept
 
 
 class CommandHarness(_Config, frozen=True):
@@ -232,7 +251,6 @@ _REFUSED_NEURON = {
     "default_models[].tensor_parallel": _ONE_DEVICE,
     "harness.torch.default_source": "`hf` is the only source; remove it",
     "harness.torch.sources": "`hf` is the only source; remove the table",
-    "harness.torch.prefix_cache": "there is no prefix cache to configure; remove the table",
     "harness.torch.context_limit": "set max_model_len in [harness.torch] instead",
     "harness.torch.image": "image models are not served; remove the table",
     "harness.torch.admission.max_per_principal": _NO_CALLERS,

@@ -121,6 +121,8 @@ class ModelLoad(msgspec.Struct, kw_only=True, frozen=True):
     max_queue_depth: int = 0
     free_slots: int = 0
     free_kv_blocks: int = 0
+    cached_kv_blocks: int = 0  # those of them whose content a prompt could go on from
+    kept_states: int = 0
     total_kv_blocks: int = 0
     rejected_queue_full: int = 0
     rejected_timeout: int = 0

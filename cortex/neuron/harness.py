@@ -7,7 +7,7 @@ between engines and is not part of this.
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from cortex.core.errors import CortexError, ServiceUnavailableError
 from cortex.core.neuron_api import LoadRequest
@@ -46,6 +46,10 @@ class LoadedModel(Protocol):
     @property
     def cache_bytes(self) -> int:
         """Memory of the caches."""
+
+    @property
+    def prefix_match(self) -> Literal["block", "snapshot"] | None:
+        """Where a prefix that it has cached may end; None where it has no such cache."""
 
     @property
     def device(self) -> str:

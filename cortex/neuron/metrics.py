@@ -80,6 +80,8 @@ _MODEL_GAUGES = {
     "max_queue_depth": "Requests that may wait",
     "free_slots": "State slots of the engine that are free",
     "free_kv_blocks": "KV blocks of the engine that are free",
+    "cached_kv_blocks": "Free KV blocks whose content prompts can go on from",
+    "kept_states": "States of hybrid models that prompts can go on from",
     "total_kv_blocks": "KV blocks of the engine",
     "tok_s_prefill": "Prefilled tokens per second",
     "tok_s_decode": "Decoded tokens per second",
@@ -129,6 +131,7 @@ class Metrics:
         self._prompt = self._counter("prompt_tokens", "Prompt tokens")
         self._completion = self._counter("completion_tokens", "Generated tokens")
         self._cached = self._counter("cached_prompt_tokens", "Prompt tokens found in a cache")
+        self._hits = self._counter("prefix_hits", "Requests whose prompt was cached in part")
         self._evictions = self._counter("evictions", "Models ended to make room for another")
         self._idle_unloads = self._counter("idle_unloads", "Models unloaded for idleness")
         self._recycles = self._counter("recycles", "Engines ended and started again on request")
@@ -156,6 +159,7 @@ class Metrics:
         self._prompt.labels(model_id).inc(timing.prompt_tokens)
         self._completion.labels(model_id).inc(timing.completion_tokens)
         self._cached.labels(model_id).inc(timing.cached_tokens)
+        self._hits.labels(model_id).inc(timing.cached_tokens > 0)
         self._duration.labels(model_id).observe(timing.duration_s)
         if timing.ttft_s is not None:
             self._ttft.labels(model_id).observe(timing.ttft_s)

@@ -192,6 +192,9 @@ class NativeHarness:
             max_num_seqs=config.max_num_seqs,
             max_batched_tokens=config.max_batched_tokens,
             cache_bytes=self._cache_bytes,
+            prefix_cache=config.prefixes.enabled,
+            snapshot_bytes=config.prefixes.budget_mb << 20,
+            max_snapshots=config.prefixes.max_entries,
             num_threads=config.num_threads,
         )
         return EngineClient(

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from cortex.core.config import (
+    PrefixCacheConfig,
     load_gateway_config,
     load_neuron_config,
     parse_address,
@@ -51,6 +52,10 @@ hf_cache = "hub"
 max_in_flight = 2
 max_queue_depth = 3
 max_wait_secs = 7
+[harness.candle.prefix_cache]
+enabled = false
+budget_mb = 512
+max_entries = 8
 """
 
 
@@ -77,6 +82,29 @@ def test_every_key_of_the_originals_neuron_file_loads_under_its_old_table_name(t
     assert config.harness.torch.hf_cache == str(tmp_path / "hub")
     assert config.harness.torch.admission.max_in_flight == 2
     assert config.harness.torch.admission.max_wait_secs == 7
+    assert config.harness.torch.prefixes == PrefixCacheConfig(
+        enabled=False, budget_mb=512, max_entries=8
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", PrefixCacheConfig(enabled=True, budget_mb=1024, max_entries=32)),
+        ("prefix_cache = true", PrefixCacheConfig()),
+        ("prefix_cache = false", PrefixCacheConfig(enabled=False)),
+        ("prefix_cache = { max_entries = 4 }", PrefixCacheConfig(max_entries=4)),
+    ],
+)
+def test_the_prefix_cache_is_on_off_or_a_table(tmp_path: Path, line: str, expected):
+    config = load_neuron_config(write(tmp_path / "neuron.toml", f"[harness.torch]\n{line}"))
+    assert config.harness.torch.prefixes == expected
+
+
+def test_the_environment_can_switch_the_prefix_cache_off(tmp_path: Path, monkeypatch):
+    path = write(tmp_path / "neuron.toml", "[harness.torch]\nprefix_cache = true")
+    monkeypatch.setenv("NEURON_HARNESS__TORCH__PREFIX_CACHE", "false")
+    assert not load_neuron_config(path).harness.torch.prefixes.enabled
 
 
 @pytest.mark.parametrize(
@@ -108,7 +136,8 @@ def test_a_bad_gateway_file_names_the_file_and_the_key(tmp_path: Path, text: str
     [
         ("[[default_models]]\nmodel_id = 'a'\nquant = 'q4'", ["default_models.quant", "GGUF"]),
         ("[[default_models]]\nmodel_id = 'a'\ntensor_parallel = 2", ["tensor_parallel"]),
-        ("[harness.candle.prefix_cache]\nenabled = true", ["prefix_cache"]),
+        ("[harness.candle.prefix_cache]\nbudget_mb = 0", ["prefix_cache.budget_mb"]),
+        ("[harness.torch]\nprefix_cache = 'on'", ["prefix_cache"]),
         ("[harness.candle.image]\nmax_dim = 64", ["image"]),
         ("[[harnesses]]\nname = 'vllm'", ["harnesses"]),
         ("port = 70000", ["port"]),

@@ -29,8 +29,16 @@ def continuation(prompt_ids: list[int], count: int) -> list[int]:
     return token_ids[len(prompt_ids) :]
 
 
+def _rolled(state: int, token_ids: list[int]) -> int:
+    for token in token_ids:
+        state = (state * 31 + token + 1) % _STATE_MODULUS
+    return state
+
+
 class FakeModel:
     """Keeps tokens in the keys, positions in the values and a rolling hash in the state.
+
+    Without a state it makes the hash anew from the keys; its tokens are the same.
 
     Attributes:
         batches: (query_lens, context_lens) of each forward pass.
@@ -38,12 +46,13 @@ class FakeModel:
         nan_after: last token that makes a row's logits NaN.
     """
 
-    def __init__(self, *, vocab_size: int = VOCAB_SIZE) -> None:
+    def __init__(self, *, vocab_size: int = VOCAB_SIZE, has_state: bool = True) -> None:
+        self._has_state = has_state
         self.cache_spec = CacheSpec(
             num_kv_layers=1,
             num_kv_heads=1,
             kv_head_dim=1,
-            num_gdn_layers=1,
+            num_gdn_layers=int(has_state),
             gdn_value_heads=1,
             gdn_key_dim=1,
             gdn_value_dim=1,
@@ -75,10 +84,6 @@ class FakeModel:
             assert end - start == query_len
             context_len = batch.context_lens[i]
             slot = int(batch.state_slots[i])
-            state = int(caches.recurrent_states[0, slot, 0, 0, 0]) if context_len else 0
-            for row in range(start, end):
-                state = (state * 31 + int(batch.token_ids[row]) + 1) % _STATE_MODULUS
-            caches.recurrent_states[0, slot, 0, 0, 0] = state
             total = context_len + query_len
             block_size = caches.keys.shape[2]
             blocks = batch.block_tables[i]
@@ -86,6 +91,12 @@ class FakeModel:
             flat = blocks[index // block_size] * block_size + index % block_size
             assert (blocks[index // block_size] >= 0).all()
             assert torch.equal(values[flat], index.float()), "positions out of order"
+            if self._has_state:
+                state = int(caches.recurrent_states[0, slot, 0, 0, 0]) if context_len else 0
+                state = _rolled(state, batch.token_ids[start:end].tolist())
+                caches.recurrent_states[0, slot, 0, 0, 0] = state
+            else:
+                state = _rolled(0, keys[flat].long().tolist())
             weighted = int(((index + 1) * (keys[flat].long() + 1)).sum() % 9973)
             likeliest[end - 1] = (state * 7 + weighted) % VOCAB_SIZE
         logits = torch.zeros(len(batch.logit_rows), self.vocab_size)

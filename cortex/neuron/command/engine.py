@@ -5,6 +5,7 @@ import logging
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import anyio
 import msgspec
@@ -57,6 +58,7 @@ class CommandLoaded(msgspec.Struct, kw_only=True, frozen=True):
     num_kv_blocks: int = 0
     weight_bytes: int = 0
     cache_bytes: int = 0
+    prefix_match: Literal["block", "snapshot"] | None = None
 
 
 class CommandEngine:

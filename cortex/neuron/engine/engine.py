@@ -139,6 +139,7 @@ class Engine:
         """End a sequence and free what it holds; an unknown one is ignored."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
+            self._keep(sequence, is_leaving=True)
             self._remove(sequence)
         elif self._compiling is not None and request_id in self._compiling:
             self._compiling.discard(request_id)
@@ -177,11 +178,14 @@ class Engine:
     def report(self) -> StepDone:
         """Return the events since the last report and fresh stats, without computing."""
         events, self._events = self._events, []
+        prefix = self._scheduler.prefix
         stats = EngineStats(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting + len(self._compiling or ()),
             free_slots=self._scheduler.slots.num_free,
             free_blocks=self._scheduler.blocks.num_free,
+            cached_blocks=self._scheduler.blocks.num_idle,
+            num_snapshots=0 if prefix is None else prefix.num_snapshots,
             tok_s_prefill=self._prefill_rate.tok_s,
             tok_s_decode=self._decode_rate.tok_s,
         )
@@ -264,14 +268,18 @@ class Engine:
         """Give the sequences their new tokens, and end those that are done."""
         ready = [chunk.sequence for chunk in chunks if chunk.is_last]
         self._scheduler.commit(chunks)
+        for chunk in chunks:
+            if chunk.sequence.num_pending:
+                self._keep(chunk.sequence)
         if sampled is None:
             return
         for row, sequence in enumerate(ready):
             if not sampled.is_valid[row]:
                 _log.error("request %d: logits are not finite", sequence.request_id)
-                self._runner.scrub(sequence)
+                self._scrub(sequence)
                 self._end(sequence, "error", error="the model computed no finite logits")
                 continue
+            self._keep(sequence)
             token_id = sampled.token_ids[row]
             finish = sequence.append(token_id)
             constraint = sequence.constraint
@@ -282,7 +290,26 @@ class Engine:
             logprob = sampled.logprobs.get(row)
             self._emit(sequence, token_id, finish, logprob)
             if finish is not None:
+                self._keep(sequence, is_leaving=True)
                 self._remove(sequence)
+
+    def _keep(self, sequence: Sequence, *, is_leaving: bool = False) -> None:
+        """Leave what was computed of a sequence to those that begin like it."""
+        prefix = self._scheduler.prefix
+        due = None if prefix is None else prefix.due(sequence, is_leaving=is_leaving)
+        if prefix is None or due is None:
+            return
+        if self._runner.is_finite(due.blocks, sequence.slot if due.snapshot else None):
+            snapshot_slot = prefix.keep(sequence, due)
+            if snapshot_slot is not None:
+                self._runner.keep_state(sequence.slot, snapshot_slot)
+
+    def _scrub(self, sequence: Sequence) -> None:
+        """Leave nothing of a sequence whose numbers are in doubt."""
+        blocks = self._scheduler.blocks
+        if self._scheduler.prefix is not None:
+            self._scheduler.prefix.forget(sequence)
+        self._runner.scrub(sequence, [b for b in sequence.blocks if blocks.num_holders(b) == 1])
 
     def _emit(
         self,
@@ -296,6 +323,7 @@ class Engine:
                 request_id=sequence.request_id,
                 token_ids=[token_id],
                 finish=finish,
+                cached_tokens=sequence.cached_tokens or 0,
                 logprobs=None if logprob is None else [logprob],
             )
         )
@@ -310,7 +338,7 @@ class Engine:
             error = f"the step failed: {type(exc).__name__}"
         for chunk in chunks:
             if not self.is_lost:
-                self._runner.scrub(chunk.sequence)
+                self._scrub(chunk.sequence)
             self._end(chunk.sequence, "error", error=error)
 
     def _end(self, sequence: Sequence, finish: FinishReason, *, error: str) -> None:

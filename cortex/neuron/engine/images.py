@@ -104,17 +104,3 @@ def place_tokens(num_tokens: int, images: Many[SequenceImage]) -> NDArray[np.int
 def position_shift(images: Many[SequenceImage]) -> int:
     """Return what the position of a token after all images differs by from its index."""
     return sum(image.position_span - (image.stop - image.start) for image in images)
-
-
-def keyed_ids(token_ids: Many[int], images: Many[SequenceImage]) -> list[int]:
-    """Return token ids in which an image's own stand for its pixels, for caches of prefixes.
-
-    They are negative, so that they are nobody's ids, and count on within the image.
-    """
-    keyed = list(token_ids)
-    for image in images:
-        # 56 bits and the count of tokens stay within an int64.
-        base = int.from_bytes(image.digest[:7], "little") + 1
-        stop = min(image.stop, len(keyed))
-        keyed[image.start : stop] = [-(base + i) for i in range(stop - image.start)]
-    return keyed

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -13,6 +14,7 @@ from cortex.neuron.engine.runner import Runner
 from cortex.neuron.engine.scheduler import Scheduler
 from cortex.neuron.engine.sizing import (
     CPU_CACHE_BYTES,
+    CachePlan,
     OutOfDeviceMemoryError,
     format_bytes,
     plan_caches,
@@ -91,24 +93,29 @@ def build_engine(
         free_bytes=free_memory_bytes(model.device),
         kv_limit_bytes=CPU_CACHE_BYTES if model.device.type == "cpu" else None,
         asked_bytes=command.cache_bytes,
+        snapshot_bytes=command.snapshot_bytes if command.prefix_cache else 0,
+        max_snapshots=command.max_snapshots,
     )
     caches = Caches.allocate(
         model.cache_spec,
         num_blocks=plan.num_blocks,
         block_size=command.block_size,
-        num_slots=plan.num_slots,
+        num_slots=plan.num_slots + plan.num_snapshots,
         dtype=model.dtype,
         device=model.device,
     )
-    runner = Runner(model, caches, max_len=plan.max_model_len)
+    runner = Runner(model, caches, max_len=plan.max_model_len, num_snapshots=plan.num_snapshots)
     progress(Progress(phase="warmup"))
     runner.warm_up()
+    prefix_match = _prefix_match(command, model, plan)
     scheduler = Scheduler(
         num_blocks=plan.num_blocks,
         block_size=command.block_size,
         num_slots=plan.num_slots,
         max_batched_tokens=max(command.max_batched_tokens, plan.num_slots),
         max_waiting=MAX_WAITING,
+        prefix_cache=prefix_match is not None,
+        num_snapshots=plan.num_snapshots if prefix_match == "snapshot" else None,
     )
     loaded = Loaded(
         max_model_len=plan.max_model_len,
@@ -118,12 +125,25 @@ def build_engine(
         block_size=command.block_size,
         weight_bytes=model.weight_bytes,
         cache_bytes=plan.cache_bytes,
+        num_snapshots=plan.num_snapshots,
+        prefix_match=prefix_match,
         torch_version=str(torch.__version__),
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
     )
     engine = Engine(runner, scheduler, max_model_len=plan.max_model_len, clock=clock)
     return engine, loaded
+
+
+def _prefix_match(
+    command: LoadModel, model: CausalLM, plan: CachePlan
+) -> Literal["block", "snapshot"] | None:
+    """Return from where a prompt may go on, None where it has to begin anew."""
+    if not command.prefix_cache:
+        return None
+    if not model.cache_spec.state_bytes_per_slot(model.dtype):
+        return "block"
+    return "snapshot" if plan.num_snapshots else None
 
 
 def _device(name: str) -> torch.device:

@@ -32,6 +32,9 @@ class LoadModel(msgspec.Struct, kw_only=True, frozen=True, tag="load"):
     max_batched_tokens: int = 512  # tokens in one step
     block_size: int = 32  # tokens per KV block
     cache_bytes: int | None = None  # KV cache; None: a default for the device
+    prefix_cache: bool = True  # go on from what earlier prompts have left in the caches
+    snapshot_bytes: int = 1 << 30  # states kept for that, where a model has a state, at most
+    max_snapshots: int = 32
     num_threads: int = 1
 
 
@@ -130,7 +133,9 @@ class Loaded(msgspec.Struct, kw_only=True, frozen=True, tag="loaded"):
     num_kv_blocks: int
     block_size: int
     weight_bytes: int
-    cache_bytes: int
+    cache_bytes: int  # snapshots included
+    num_snapshots: int = 0
+    prefix_match: Literal["block", "snapshot"] | None = None  # None: no prefix cache
     torch_version: str
     device: str
     dtype: str
@@ -171,12 +176,17 @@ class TokenEvent(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class EngineStats(msgspec.Struct, kw_only=True, frozen=True):
-    """What the scheduler holds after a step, and running rates in tokens per second."""
+    """What the scheduler holds after a step, and running rates in tokens per second.
+
+    `cached_blocks` are those of the free blocks whose content a prompt could go on from.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
     free_slots: int = 0
     free_blocks: int = 0
+    cached_blocks: int = 0
+    num_snapshots: int = 0
     tok_s_prefill: float = 0.0
     tok_s_decode: float = 0.0
 

@@ -10,7 +10,7 @@ from cortex.neuron.engine.cache import blocks_for
 from cortex.neuron.engine.constraint import ConstraintState, apply_masks
 from cortex.neuron.engine.images import CHANNELS
 from cortex.neuron.engine.sampler import Sampled, edit_logits, keep_raw, sample
-from cortex.neuron.engine.scheduler import Chunk
+from cortex.neuron.engine.scheduler import Chunk, Restore
 from cortex.neuron.engine.sequence import Sequence
 from cortex.neuron.layers.context import Caches, StepBatch
 from cortex.neuron.models.base import CausalLM
@@ -23,14 +23,17 @@ class Runner:
 
     Args:
         max_len: tokens of the longest sequence there can be.
+        num_snapshots: the last so many state slots hold what the prefix cache keeps.
     """
 
-    def __init__(self, model: CausalLM, caches: Caches, *, max_len: int) -> None:
+    def __init__(
+        self, model: CausalLM, caches: Caches, *, max_len: int, num_snapshots: int = 0
+    ) -> None:
         self.model = model
         self.device = model.device
         self.block_size = caches.keys.shape[2]
         self.num_blocks = caches.keys.shape[1]
-        self.num_slots = caches.conv_states.shape[1]
+        self.num_slots = caches.conv_states.shape[1] - num_snapshots
         self._caches = caches
         self._builder = BatchBuilder(
             num_slots=self.num_slots,
@@ -55,6 +58,9 @@ class Runner:
 
         None if no chunk is. The sequences themselves are not changed, but for their generators.
         """
+        for chunk in chunks:
+            if chunk.restore is not None:
+                self._restore(chunk.sequence, chunk.restore)
         batch = self._builder.build(chunks)
         logits = self.model.forward(batch, self._caches)
         for chunk in chunks:
@@ -94,16 +100,32 @@ class Runner:
             vision(torch.zeros(side, side, CHANNELS, dtype=torch.uint8))
 
     @torch.inference_mode()
-    def scrub(self, sequence: Sequence) -> None:
-        """Zero what a sequence holds: a NaN left in a block would reach its next holder,
+    def scrub(self, sequence: Sequence, own_blocks: list[int]) -> None:
+        """Zero what a sequence alone holds: a NaN left in a block would reach its next holder,
 
-        because attention weights of zero do not cancel it.
+        because attention weights of zero do not cancel it. Blocks that it shares are finite.
         """
-        blocks = torch.tensor(sequence.blocks, dtype=torch.int64, device=self.device)
+        blocks = self._index(own_blocks)
         self._caches.keys[:, blocks] = 0
         self._caches.values[:, blocks] = 0
         self._caches.conv_states[:, sequence.slot] = 0
         self._caches.recurrent_states[:, sequence.slot] = 0
+
+    @torch.inference_mode()
+    def is_finite(self, blocks: list[int], slot: int | None) -> bool:
+        """Whether some blocks, and a slot's state, hold nothing but numbers."""
+        parts: list[Tensor] = []
+        if blocks:
+            index = self._index(blocks)
+            parts += [self._caches.keys[:, index], self._caches.values[:, index]]
+        if slot is not None:
+            parts += [self._caches.conv_states[:, slot], self._caches.recurrent_states[:, slot]]
+        return all(bool(part.isfinite().all()) for part in parts)
+
+    @torch.inference_mode()
+    def keep_state(self, slot: int, snapshot_slot: int) -> None:
+        """Copy a slot's state to where the prefix cache keeps it."""
+        self._copy_state(slot, self.num_slots + snapshot_slot)
 
     def is_healthy(self) -> bool:
         """Whether the device still computes; after a device-side fault it never does again."""
@@ -115,6 +137,20 @@ class Runner:
         except RuntimeError:
             _log.exception("device %s is lost", self.device)
             return False
+
+    def _restore(self, sequence: Sequence, restore: Restore) -> None:
+        self._copy_state(self.num_slots + restore.snapshot_slot, sequence.slot)
+        if restore.blocks is not None:
+            source, target = restore.blocks
+            self._caches.keys[:, target] = self._caches.keys[:, source]
+            self._caches.values[:, target] = self._caches.values[:, source]
+
+    def _copy_state(self, source: int, target: int) -> None:
+        self._caches.conv_states[:, target] = self._caches.conv_states[:, source]
+        self._caches.recurrent_states[:, target] = self._caches.recurrent_states[:, source]
+
+    def _index(self, blocks: list[int]) -> Tensor:
+        return torch.tensor(blocks, dtype=torch.int64, device=self.device)
 
     def _sample(self, logits: Tensor, sequences: list[Sequence]) -> Sampled:
         states = [sequence.sampling for sequence in sequences]

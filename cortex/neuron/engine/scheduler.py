@@ -4,6 +4,9 @@ Admission is first come, first served. A sequence is admitted when a state slot 
 of all its known tokens and the next one are free; from then on it takes blocks as it grows. When
 none is left the youngest running sequence gives everything back and waits, ahead of all that
 were never admitted, to be computed again from its prompt and what it has generated.
+
+With a prefix cache a sequence begins after the tokens that are in the caches already. The blocks
+of them that it shares it only reads: it writes where its own tokens begin, in blocks of its own.
 """
 
 from collections import deque
@@ -11,15 +14,36 @@ from dataclasses import dataclass
 
 from cortex.core.errors import QueueFullError
 from cortex.neuron.engine.cache import NO_SLOT, BlockPool, SlotPool, blocks_for
+from cortex.neuron.engine.prefix import NO_MATCH, Match, PrefixCache
 from cortex.neuron.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restore:
+    """What is copied before a sequence goes on from a snapshot.
+
+    Attributes:
+        snapshot_slot: whose state becomes the sequence's own.
+        blocks: the block that holds the last few tokens, and the sequence's own in its place;
+            None where the snapshot is at the end of a block.
+    """
+
+    snapshot_slot: int
+    blocks: tuple[int, int] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A sequence's part of a step: its next `num_tokens` pending tokens."""
+    """A sequence's part of a step: its next `num_tokens` pending tokens.
+
+    Attributes:
+        restore: what is to be copied first. Copies are made in the order of the chunks: a later
+            one may be made to where an earlier one comes from.
+    """
 
     sequence: Sequence
     num_tokens: int
+    restore: Restore | None = None
 
     @property
     def is_last(self) -> bool:
@@ -34,6 +58,8 @@ class Scheduler:
         max_batched_tokens: tokens in one step; at least `num_slots`, so that every running
             sequence can decode in every step.
         max_waiting: bound of the waiting queue; preempted sequences may exceed it.
+        num_snapshots: states that the prefix cache may keep; None for a model without a state.
+        prefix_cache: whether there is one.
     """
 
     def __init__(
@@ -44,11 +70,17 @@ class Scheduler:
         num_slots: int,
         max_batched_tokens: int,
         max_waiting: int,
+        prefix_cache: bool = False,
+        num_snapshots: int | None = None,
     ) -> None:
         if max_batched_tokens < num_slots:
             raise ValueError(f"{max_batched_tokens} tokens cannot carry {num_slots} sequences")
         self.blocks = BlockPool(num_blocks)
         self.slots = SlotPool(num_slots)
+        self.prefix: PrefixCache | None = None
+        if prefix_cache:
+            snapshots = None if num_snapshots is None else SlotPool(num_snapshots)
+            self.prefix = PrefixCache(self.blocks, block_size, snapshots)
         self.block_size = block_size
         self.max_batched_tokens = max_batched_tokens
         self._max_waiting = max_waiting
@@ -100,19 +132,25 @@ class Scheduler:
         for sequence in in_order:
             if sequence.slot == NO_SLOT:
                 continue  # preempted for one before it
-            num_tokens = min(sequence.num_pending, budget)
+            num_tokens = _next_tokens(sequence, budget)
             if num_tokens == 0:
                 break
             if self._make_room(sequence, sequence.num_computed + num_tokens):
                 planned[sequence] = num_tokens
                 budget -= num_tokens
         preempted = len(self._waiting) > num_waiting
+        chunks = [Chunk(sequence, num_tokens) for sequence, num_tokens in planned.items()]
         # What a preemption frees is for those that run: nobody is admitted on it.
-        while budget > 0 and not preempted and self._waiting and self._admit(self._waiting[0]):
+        while budget > 0 and not preempted and self._waiting:
+            match = self._admit(self._waiting[0])
+            if match is None:
+                break
             sequence = self._running[-1]
-            planned[sequence] = min(sequence.num_pending, budget)
-            budget -= planned[sequence]
-        return [Chunk(sequence, num_tokens) for sequence, num_tokens in planned.items()]
+            chunks.append(
+                Chunk(sequence, _next_tokens(sequence, budget), _restore(sequence, match))
+            )
+            budget -= chunks[-1].num_tokens
+        return chunks
 
     def commit(self, chunks: list[Chunk]) -> None:
         """Record that a step's tokens are in the caches."""
@@ -137,16 +175,29 @@ class Scheduler:
             sequence.blocks += self.blocks.allocate(missing)
         return True
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Move the head of the queue among the running if what it needs is free."""
-        num_blocks = blocks_for(len(sequence.token_ids) + 1, self.block_size)
-        if self.slots.num_free == 0 or self.blocks.num_free < num_blocks:
-            return False
+    def _admit(self, sequence: Sequence) -> Match | None:
+        """Move the head of the queue among the running if what it needs is free.
+
+        Returns what it goes on from; None if it has to wait.
+        """
+        if self.slots.num_free == 0:
+            return None
+        match = NO_MATCH if self.prefix is None else self.prefix.match(sequence)
+        num_new = blocks_for(len(sequence.token_ids) + 1, self.block_size) - len(match.blocks)
+        num_idle = sum(self.blocks.num_holders(block) == 0 for block in match.blocks)
+        if self.blocks.num_free - num_idle < num_new:
+            return None
         self._waiting.popleft()
+        if self.prefix is not None:
+            self.prefix.use(sequence, match)
         sequence.slot = self.slots.allocate()
-        sequence.blocks = self.blocks.allocate(num_blocks)
+        self.blocks.retain(match.blocks)
+        sequence.blocks = match.blocks + self.blocks.allocate(num_new)
+        sequence.num_computed = match.num_tokens
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = min(match.num_tokens, sequence.num_prompt_tokens)
         self._running.append(sequence)
-        return True
+        return match
 
     def _take_back(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.blocks)
@@ -155,3 +206,24 @@ class Scheduler:
         sequence.slot = NO_SLOT
         sequence.num_computed = 0
         sequence.num_tabled_blocks = 0
+        sequence.num_kept_blocks = 0
+        sequence.cuts = []
+
+
+def _next_tokens(sequence: Sequence, budget: int) -> int:
+    """Return how many tokens a sequence computes next: it stops where its state is to be kept."""
+    num_tokens = min(sequence.num_pending, budget)
+    for cut in sequence.cuts:
+        if cut > sequence.num_computed:
+            return min(num_tokens, cut - sequence.num_computed)
+    return num_tokens
+
+
+def _restore(sequence: Sequence, match: Match) -> Restore | None:
+    if match.snapshot is None:
+        return None
+    tail_block = match.tail_block
+    return Restore(
+        snapshot_slot=match.snapshot.slot,
+        blocks=None if tail_block is None else (tail_block, sequence.blocks[len(match.blocks)]),
+    )

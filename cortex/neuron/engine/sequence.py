@@ -5,7 +5,7 @@ from collections.abc import Sequence as Many
 import numpy as np
 from numpy.typing import NDArray
 
-from cortex.neuron.engine.cache import NO_SLOT
+from cortex.neuron.engine.cache import NO_SLOT, Snapshot
 from cortex.neuron.engine.constraint import ConstraintState
 from cortex.neuron.engine.images import SequenceImage, place_tokens, position_shift
 from cortex.neuron.engine.protocol import FinishReason, Submit
@@ -25,18 +25,32 @@ class Sequence:
         slot: state slot held, or NO_SLOT.
         num_tabled_blocks: leading `blocks` the batch builder has written to its block table.
         images: those of the prompt, in order.
+        cached_tokens: prompt tokens that were found in the caches when it was first admitted.
+        is_cacheable: whether it may go on from the prefix cache and leave something to it.
+        keys: of its leading blocks, as far as they were needed.
+        num_kept_blocks: leading `blocks` that the prefix cache has.
+        kept_at: tokens at which its state was last kept, or that it went on from.
+        cuts: numbers of tokens at which its state is to be kept, ascending.
+        restored: the snapshot that it went on from, until it leaves one of its own.
     """
 
     __slots__ = (
         "blocks",
+        "cached_tokens",
         "constraint",
+        "cuts",
         "images",
+        "is_cacheable",
+        "kept_at",
+        "keys",
         "max_len",
         "num_computed",
+        "num_kept_blocks",
         "num_prompt_tokens",
         "num_tabled_blocks",
         "prompt_places",
         "request_id",
+        "restored",
         "sampling",
         "slot",
         "stop_ids",
@@ -65,6 +79,13 @@ class Sequence:
         self.num_tabled_blocks = 0
         self.images = images
         self.prompt_places = place_tokens(self.num_prompt_tokens, images) if images else None
+        self.cached_tokens: int | None = None
+        self.is_cacheable = True
+        self.keys: list[bytes] = []
+        self.num_kept_blocks = 0
+        self.kept_at = 0
+        self.cuts: list[int] = []
+        self.restored: Snapshot | None = None
 
     @property
     def num_pending(self) -> int:

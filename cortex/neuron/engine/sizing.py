@@ -14,6 +14,8 @@ GIB = 1 << 30
 USABLE_FRACTION = 0.8
 # KV cache of an engine on a CPU unless cache_bytes asks for another.
 CPU_CACHE_BYTES = 512 << 20
+# Kept states may take no more of what is usable: what runs has the first claim.
+MAX_SNAPSHOT_FRACTION = 1 / 8
 
 
 class OutOfDeviceMemoryError(CortexError):
@@ -28,13 +30,15 @@ class CachePlan:
     """Sizes of the caches, and what they let a sequence reach.
 
     Attributes:
-        cache_bytes: KV blocks and state slots together.
+        cache_bytes: KV blocks, state slots and snapshots together.
+        num_snapshots: states that the prefix cache may keep.
     """
 
     num_blocks: int
     num_slots: int
     max_model_len: int
     cache_bytes: int
+    num_snapshots: int = 0
 
 
 def plan_caches(
@@ -47,17 +51,21 @@ def plan_caches(
     free_bytes: int,
     kv_limit_bytes: int | None,
     asked_bytes: int | None,
+    snapshot_bytes: int = 0,
+    max_snapshots: int = 0,
 ) -> CachePlan:
     """Choose the number of KV blocks and state slots.
 
     Never more blocks than `max_num_seqs` sequences of `max_len` need; fewer slots than asked
-    where the states alone would take over half of what is usable.
+    where the states alone would take over half of what is usable. Snapshots of the state come
+    last: they shrink where memory is short, down to none.
 
     Args:
         max_len: longest sequence wanted, at most the checkpoint's own.
         free_bytes: free memory of the device, weights already in place.
         kv_limit_bytes: default bound of the KV cache; None: what is usable.
         asked_bytes: KV cache the operator asked for; None: the default.
+        snapshot_bytes, max_snapshots: bounds of what the prefix cache keeps of states.
 
     Raises:
         OutOfDeviceMemoryError: not even one sequence and one block fit.
@@ -69,6 +77,13 @@ def plan_caches(
     if slot_bytes:
         num_slots = max(1, min(max_num_seqs, usable_bytes // 2 // slot_bytes))
     state_bytes = num_slots * slot_bytes
+    num_snapshots = 0
+    if slot_bytes:
+        room_bytes = min(snapshot_bytes, int(usable_bytes * MAX_SNAPSHOT_FRACTION))
+        if asked_bytes is not None:
+            room_bytes = min(room_bytes, free_bytes - state_bytes - asked_bytes)
+        num_snapshots = max(0, min(max_snapshots, room_bytes // slot_bytes))
+    state_bytes += num_snapshots * slot_bytes
     if asked_bytes is not None:
         kv_bytes = asked_bytes
     else:
@@ -90,6 +105,7 @@ def plan_caches(
         num_slots=num_slots,
         max_model_len=min(max_len, num_blocks * block_size),
         cache_bytes=needed_bytes,
+        num_snapshots=num_snapshots,
     )
 
 

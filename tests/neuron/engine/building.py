@@ -12,8 +12,15 @@ from cortex.neuron.layers.context import Caches
 from tests.support.fake_model import VOCAB_SIZE, FakeModel
 
 
-def make_sequence(request_id: int, num_prompt: int, *, max_tokens: int = 100) -> Sequence:
-    submit = Submit(request_id=request_id, prompt_ids=[1] * num_prompt, max_tokens=max_tokens)
+def make_sequence(
+    request_id: int,
+    num_prompt: int,
+    *,
+    max_tokens: int = 100,
+    prompt_ids: list[int] | None = None,
+) -> Sequence:
+    prompt_ids = [1] * num_prompt if prompt_ids is None else prompt_ids
+    submit = Submit(request_id=request_id, prompt_ids=prompt_ids, max_tokens=max_tokens)
     sampling = SamplingState(
         Sampling(), prompt_ids=[], vocab_size=VOCAB_SIZE, device=torch.device("cpu")
     )
@@ -27,6 +34,8 @@ def make_scheduler(
     num_slots: int = 4,
     max_batched_tokens: int = 16,
     max_waiting: int = 100,
+    prefix_cache: bool = False,
+    num_snapshots: int | None = None,
 ) -> Scheduler:
     return Scheduler(
         num_blocks=num_blocks,
@@ -34,6 +43,8 @@ def make_scheduler(
         num_slots=num_slots,
         max_batched_tokens=max_batched_tokens,
         max_waiting=max_waiting,
+        prefix_cache=prefix_cache,
+        num_snapshots=num_snapshots,
     )
 
 
@@ -50,7 +61,10 @@ class Clock:
 
 
 class Bench:
-    """An engine over the fake model, and everything it has reported."""
+    """An engine over a model, the fake one unless told, and everything it has reported.
+
+    With a prefix cache, `num_snapshots` of None stands for a model without a state.
+    """
 
     def __init__(
         self,
@@ -63,15 +77,19 @@ class Bench:
         max_waiting: int = 100,
         vocab_size: int = VOCAB_SIZE,
         clock: Clock | None = None,
+        prefix_cache: bool = False,
+        num_snapshots: int | None = None,
+        model: FakeModel | None = None,
     ) -> None:
-        self.model = FakeModel(vocab_size=vocab_size)
+        has_state = not prefix_cache or num_snapshots is not None
+        self.model = model or FakeModel(vocab_size=vocab_size, has_state=has_state)
         self.num_blocks = num_blocks
         self.num_slots = num_slots
         self.caches = Caches.allocate(
             self.model.cache_spec,
             num_blocks=num_blocks,
             block_size=block_size,
-            num_slots=num_slots,
+            num_slots=num_slots + (num_snapshots or 0),
             dtype=torch.float32,
             device=self.model.device,
         )
@@ -81,8 +99,15 @@ class Bench:
             num_slots=num_slots,
             max_batched_tokens=max_batched_tokens,
             max_waiting=max_waiting,
+            prefix_cache=prefix_cache,
+            num_snapshots=num_snapshots,
         )
-        runner = Runner(self.model, self.caches, max_len=max_model_len)
+        runner = Runner(
+            self.model,
+            self.caches,
+            max_len=max_model_len,
+            num_snapshots=num_snapshots or 0,
+        )
         self.engine = Engine(
             runner, self.scheduler, max_model_len=max_model_len, clock=clock or Clock()
         )
@@ -123,6 +148,9 @@ class Bench:
 
     def tokens(self, request_id: int) -> list[int]:
         return [t for e in self.events if e.request_id == request_id for t in e.token_ids]
+
+    def cached(self, request_id: int) -> int:
+        return max(e.cached_tokens for e in self.events if e.request_id == request_id)
 
     def finishes(self, request_id: int) -> list[str]:
         return [e.finish for e in self.events if e.request_id == request_id and e.finish]

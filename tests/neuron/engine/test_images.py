@@ -5,7 +5,6 @@ from cortex.neuron.engine.engine import Engine
 from cortex.neuron.engine.images import (
     SequenceImage,
     image_problem,
-    keyed_ids,
     place_tokens,
     position_shift,
 )
@@ -46,17 +45,6 @@ def test_the_shifts_of_several_images_add_up():
     images = [image(0, 1, 1), image(2, 2, 2)]
     assert place_tokens(7, images)[0].tolist() == [0, 1, 2, 2, 2, 2, 4]
     assert position_shift(images) == -2
-
-
-def test_keys_of_images_are_their_digests_and_nobodys_ids():
-    tokens = [5, 264, 264, 7, 264]
-    first = keyed_ids(tokens, [image(1, 2, 1, b"\x01" * 32), image(4, 1, 1, b"\x02" * 32)])
-    other = keyed_ids(tokens, [image(1, 2, 1, b"\x01" * 32), image(4, 1, 1, b"\x03" * 32)])
-    assert (first[0], first[3]) == (5, 7)
-    assert first[2] == first[1] - 1 < 0
-    assert first[:4] == other[:4]
-    assert first[4] != other[4]
-    assert keyed_ids([1, 2], []) == [1, 2]
 
 
 class Eyes:

@@ -72,6 +72,28 @@ def test_a_model_without_kv_has_the_blocks_its_sequences_can_fill():
     assert plan(spec).num_blocks == 256
 
 
+def test_states_are_kept_within_their_own_bounds():
+    many = {"snapshot_bytes": 6 * MIB, "max_snapshots": 100}
+    assert plan(**many).num_snapshots == 6
+    assert plan(**{**many, "max_snapshots": 2}).num_snapshots == 2
+    assert plan(**many).cache_bytes == 8 * MIB + 6 * MIB + 32 * MIB
+    assert plan(ATTENTION_ONLY, **many).num_snapshots == 0
+
+
+def test_kept_states_take_at_most_an_eighth_of_what_is_usable():
+    # 40 MiB are usable.
+    assert plan(free_bytes=50 * MIB, snapshot_bytes=100 * MIB, max_snapshots=99).num_snapshots == 5
+
+
+def test_kept_states_give_way_to_a_cache_that_is_asked_for():
+    sizes = plan(
+        free_bytes=50 * MIB, asked_bytes=40 * MIB, snapshot_bytes=100 * MIB, max_snapshots=99
+    )
+    assert (sizes.num_snapshots, sizes.num_blocks) == (2, 8 * 32)
+    full = plan(free_bytes=48 * MIB, asked_bytes=40 * MIB, snapshot_bytes=9 * MIB, max_snapshots=99)
+    assert full.num_snapshots == 0
+
+
 def test_an_asked_cache_larger_than_the_free_memory_is_refused():
     with pytest.raises(OutOfDeviceMemoryError) as caught:
         plan(free_bytes=20 * MIB, asked_bytes=100 * MIB)
