@@ -10,7 +10,7 @@ from msgspec import Meta
 from cortex.core.command import CommandModel
 from cortex.core.config import convert, read_toml
 from cortex.core.errors import ConfigError
-from cortex.core.neuron_api import Cost, Device, Limit
+from cortex.core.neuron_api import Cost, Device, Limit, ToolFormat
 
 DEFAULT_PRIORITY = 100
 PINNED_PRIORITY = 1000
@@ -29,6 +29,8 @@ class CatalogueModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         ttl_s: unloaded after so long without a request; None: the fleet's `[eviction]` value.
         min_resident_s: not evicted before it was loaded so long; None: the fleet's value.
         preload: kept loaded somewhere, without waiting for a request.
+        tool_format: how it writes tool calls; None takes what its chat template tells.
+        constrain_tools: its tool calls are held to the declared tools; None: the node's value.
     """
 
     id: Annotated[str, Meta(min_length=1)]
@@ -42,6 +44,8 @@ class CatalogueModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     ttl_s: Annotated[float, Meta(gt=0)] | None = None
     min_resident_s: Annotated[float, Meta(ge=0)] | None = None
     preload: bool = False
+    tool_format: ToolFormat | None = None
+    constrain_tools: bool | None = None
     source: str | None = None
     limit: Limit | None = None
     cost: Cost | None = None
@@ -54,6 +58,11 @@ class CatalogueModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
             )
         if self.command is not None:
             self._settle(self.command)
+        if self.is_external and (self.tool_format or self.constrain_tools is not None):
+            raise ValueError(
+                f"model {self.id}: tool_format and constrain_tools are for harness `torch`; an "
+                "external engine reads tool calls itself"
+            )
         if self.min_devices > 1 and not self.is_external:
             raise ValueError(
                 f"model {self.id}: min_devices over 1 asks for tensor parallelism, which is not "

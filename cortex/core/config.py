@@ -18,6 +18,7 @@ from cortex.core.command import CommandModel
 from cortex.core.entitlements import Entitlements, LimitsConfig
 from cortex.core.errors import ConfigError
 from cortex.core.hints import key_path, suggest
+from cortex.core.neuron_api import ToolFormat
 from cortex.core.trust import Trust, settle_trust
 
 T = TypeVar("T")
@@ -131,6 +132,8 @@ class DefaultModel(_Config, frozen=True):
     ttl_s: Annotated[float, Meta(ge=0)] | None = None
     pinned: bool = False
     priority: int | None = None
+    tool_format: ToolFormat | None = None
+    constrain_tools: bool | None = None
 
 
 class Admission(_Config, frozen=True):

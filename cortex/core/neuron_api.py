@@ -225,6 +225,10 @@ class ModelInfo(msgspec.Struct, kw_only=True, frozen=True):
     prefix_match: Literal["block", "snapshot"] | None = None
 
 
+# How models write tool calls; docs/api.md has an example of each.
+ToolFormat = Literal["qwen_xml", "hermes", "llama3", "mistral", "mistral_list"]
+
+
 class LoadRequest(msgspec.Struct, kw_only=True, frozen=True):
     """Body of `POST /models/load`.
 
@@ -235,6 +239,8 @@ class LoadRequest(msgspec.Struct, kw_only=True, frozen=True):
         pinned: never evict it, and never unload it for idleness.
         priority: what `evict` may displace, and who may displace it; 100 if not given.
         evict: residents that make room; all of them leave, or none. Those at work are waited for.
+        tool_format: how the model writes tool calls; None takes what its chat template tells.
+        constrain_tools: hold its tool calls to the declared tools; None takes the neuron's default.
     """
 
     model_id: str
@@ -251,6 +257,8 @@ class LoadRequest(msgspec.Struct, kw_only=True, frozen=True):
     min_resident_s: Annotated[float, Meta(ge=0)] = 0.0
     pinned: bool = False
     priority: int | None = None
+    tool_format: ToolFormat | None = None
+    constrain_tools: bool | None = None
 
 
 class LoadResponse(msgspec.Struct, kw_only=True, frozen=True):

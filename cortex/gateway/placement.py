@@ -244,6 +244,8 @@ def load_request(
         min_resident_s=least_s if least_s is not None else policy.min_resident_s,
         pinned=placement.node in entry.pinned_on,
         priority=entry.priority if entry.priority != DEFAULT_PRIORITY else None,
+        tool_format=entry.tool_format,
+        constrain_tools=entry.constrain_tools,
     )
 
 

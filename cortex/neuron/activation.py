@@ -70,6 +70,8 @@ class Activator:
             ttl_s=model.ttl_s,
             pinned=model.pinned,
             priority=model.priority,
+            tool_format=model.tool_format,
+            constrain_tools=model.constrain_tools,
         )
         try:
             job = await self._lifecycle.load(request)

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from cortex.core.config import (
     NeuronConfig,
+    TorchHarness,
     child_environment,
     foreign_environment,
     user_cache_dir,
@@ -82,9 +83,7 @@ async def open_app(
     hub = Hub(cache_dir=torch.hf_cache)
     state_dir = Path(config.state_dir or user_cache_dir())
     cache_dir, scratch = _cache_dir(state_dir / "tokenizers")
-    open_chat = partial(
-        _open_chat, cache_dir=cache_dir, default_max_tokens=torch.default_max_tokens
-    )
+    open_chat = partial(_open_chat, cache_dir=cache_dir, config=torch)
     harness = NativeHarness(
         config=torch,
         library=library,
@@ -122,7 +121,6 @@ async def open_app(
         lifecycle,
         accounts,
         open_chat=open_chat,
-        constrain_tools=torch.constrain_tools,
         wall_clock=_unix_s,
     )
     # A thread of its own: the loop waits at its end for those of its default executor.
@@ -174,9 +172,13 @@ def _guarded(app: ASGIApp, secret: str | None, views: Views) -> ASGIApp:
     return FleetGuard(app, secret, status=lambda: views.health().status)
 
 
-def _open_chat(entry: Entry, *, cache_dir: Path, default_max_tokens: int) -> ChatModel:
+def _open_chat(entry: Entry, *, cache_dir: Path, config: TorchHarness) -> ChatModel:
     chat = load_chat_model(entry.source, model_id=entry.id, cache_dir=cache_dir)
-    return replace(chat, default_max_tokens=default_max_tokens)
+    return replace(
+        chat,
+        default_max_tokens=config.default_max_tokens,
+        constrain_tools=config.constrain_tools,
+    )
 
 
 def _cache_dir(wanted: Path) -> tuple[Path, ScratchFolder | None]:

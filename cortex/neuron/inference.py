@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TypeVar, TypeVarTuple
 
 from cortex.core.completions import CompletionRequest, TextCompletion
@@ -49,7 +48,6 @@ class Inference:
     """Answers requests for chat and for text completions with the models of a lifecycle.
 
     Args:
-        constrain_tools: hold tool calls to the declared names and parameters.
         wall_clock: Unix seconds.
     """
 
@@ -59,13 +57,11 @@ class Inference:
         accounts: Accounts,
         *,
         open_chat: OpenChat,
-        constrain_tools: bool,
         wall_clock: Callable[[], float],
     ) -> None:
         self._lifecycle = lifecycle
         self._accounts = accounts
         self._open_chat = open_chat
-        self._constrain_tools = constrain_tools
         self._wall_clock = wall_clock
         self._idle_chats: OrderedDict[ModelSource, asyncio.Future[ChatModel]] = OrderedDict()
         self._threads = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
@@ -161,15 +157,7 @@ class Inference:
         assert serving.chat is not None
         if isinstance(request, CompletionRequest):
             return await self._in_thread(prepare_texts, request, serving.chat)
-        prepared = await self._in_thread(prepare, request, serving.chat)
-        constraint = prepared.constraint
-        if (
-            not self._constrain_tools
-            and constraint is not None
-            and constraint.trigger_id is not None
-        ):
-            return replace(prepared, constraint=None)
-        return prepared
+        return await self._in_thread(prepare, request, serving.chat)
 
     async def _chat_model(self, model_id: str) -> ChatModel:
         model = self._lifecycle.model(model_id)

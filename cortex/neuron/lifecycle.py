@@ -261,6 +261,7 @@ class Lifecycle:
                 self._start(model, request)
             else:
                 model.policy = model.policy.asked(request)
+                model.chat = model.chat and model.chat.asked(request)
                 self._roster.touched(model)
             assert model.job is not None
             return model.job
@@ -269,6 +270,7 @@ class Lifecycle:
         assert self._tasks is not None, "used outside run()"
         model.job = self._supervisor.job(model)
         model.loaded_s = None
+        model.chat = None
         model.ended.clear()
         model.wake.clear()
         model.task = self._tasks.create_task(

@@ -205,7 +205,11 @@ class Supervisor:
                 timeout_s=model.harness.limits(plan.entry).load_timeout_s,
             )
         chat = opening.result()
-        model.chat = None if chat is None else replace(chat, max_model_len=loaded.max_model_len)
+        if chat is not None:
+            chat = replace(chat, max_model_len=loaded.max_model_len)
+            # What a later load asked of the model holds for its next engine, too.
+            chat = chat.asked(plan.request) if model.chat is None else chat.like(model.chat)
+        model.chat = chat
         model.loaded = loaded
         self._open(model, engine, plan, loaded, job)
 

@@ -265,7 +265,7 @@ def _traits(
     if command is not None:
         return command.tool_call, command.reasoning
     if chat is not None and chat.template is not None:
-        return chat.template.supports_tools, chat.template.supports_thinking
+        return chat.supports_tools, chat.template.supports_thinking
     return None, None
 
 

@@ -150,7 +150,6 @@ async def test_a_stream_whose_engine_goes_before_its_first_byte_is_refused_and_n
             it.lifecycle,
             Accounts(it.lifecycle, Metrics(), clock=it.clock),
             open_chat=chat_model,
-            constrain_tools=True,
             wall_clock=it.clock,
         )
         request = ChatRequest(

@@ -9,7 +9,11 @@ from hypothesis import HealthCheck, settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cortex.core.openai import ChatRequest, Tool
+from cortex.neuron.chat.callparts import CallStart, CallText
+from cortex.neuron.chat.callreader import CallReader
+from cortex.neuron.chat.formats import SYNTAXES, CallSyntax
 from cortex.neuron.chat.model import ChatModel
+from cortex.neuron.chat.schema import ToolTable
 from cortex.neuron.chat.template import ChatTemplate
 from cortex.neuron.chat.tokenizer import ChatTokenizer
 
@@ -187,6 +191,19 @@ def chat_request(**fields: Any) -> ChatRequest:
     """Return a request; without `messages` it asks one question."""
     body = {"model": "test-model", "messages": [{"role": "user", "content": "Hi"}], **fields}
     return msgspec.convert(body, ChatRequest)
+
+
+def parse_call(
+    body: str, table: ToolTable, *, is_closed: bool = True, syntax: CallSyntax = SYNTAXES["hermes"]
+) -> tuple[str, str] | None:
+    """Return name and arguments of the call in a block's text, or None if it is none."""
+    reader = CallReader(syntax, table, is_certain=False)
+    events = reader.feed(body + (syntax.closing if is_closed else ""))
+    events += [] if reader.is_done or reader.is_failed else reader.end()
+    if reader.is_failed:
+        return None
+    (start,) = [event for event in events if isinstance(event, CallStart)]
+    return start.name, "".join(event.text for event in events if isinstance(event, CallText))
 
 
 def tool(name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:

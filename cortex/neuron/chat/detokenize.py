@@ -20,11 +20,18 @@ class TextStream:
 
     Args:
         context_ids: tokens before it, which the text goes on from.
+        shown: texts of tokens that stay although they are special.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, context_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: ChatTokenizer,
+        context_ids: Sequence[int] = (),
+        shown: Iterable[str] = (),
+    ) -> None:
         self._tokenizer = tokenizer
-        self._hidden = tokenizer.special_ids
+        self._shown = {tokenizer.marker_id(text) for text in shown} & tokenizer.special_ids
+        self._hidden = tokenizer.special_ids - self._shown
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._context = list(context_ids[-_CONTEXT_TOKENS:])
         self._pending: list[int] = []
@@ -47,6 +54,8 @@ class TextStream:
         """Decode a token beside its predecessors: a leading space may depend on them."""
         if not 0 <= token_id < self._tokenizer.vocab_size:
             return ""
+        if token_id in self._shown:
+            return self.flush() + self._tokenizer.token_bytes(token_id).decode()
         self._pending.append(token_id)
         text = self._tokenizer.decode(self._context + self._pending)
         if text.endswith(_REPLACEMENT) and len(self._pending) < _MAX_HELD_TOKENS:

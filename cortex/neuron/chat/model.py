@@ -1,9 +1,16 @@
 """What the chat layer knows of a checkpoint: tokenizer, template, limits, sampling defaults."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cortex.neuron.chat.template import ChatTemplate, template_in_directory, template_in_gguf
+from cortex.core.neuron_api import LoadRequest, ToolFormat
+from cortex.neuron.chat.formats import SYNTAXES, CallSyntax
+from cortex.neuron.chat.template import ChatTemplate
+from cortex.neuron.chat.templatefiles import (
+    TemplateTexts,
+    templates_in_directory,
+    templates_in_gguf,
+)
 from cortex.neuron.chat.tokenizer import (
     ChatTokenizer,
     tokenizer_from_directory,
@@ -23,6 +30,9 @@ class ChatModel:
 
     Attributes:
         template: None where the checkpoint brings none: it cannot chat.
+        tool_template: the one for requests with tools, where the checkpoint has such.
+        tool_format: how it writes calls; None takes what its template tells.
+        constrain_tools: calls that a request leaves to the model are held to the tools, too.
         max_model_len: tokens of prompt and answer together; the engine may allow fewer, see
             `dataclasses.replace`.
         default_max_tokens: length of an answer whose request sets no limit.
@@ -31,9 +41,44 @@ class ChatModel:
     model_id: str
     tokenizer: ChatTokenizer
     template: ChatTemplate | None
+    tool_template: ChatTemplate | None = None
+    tool_format: ToolFormat | None = None
+    constrain_tools: bool = True
     max_model_len: int
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     default_max_tokens: int = DEFAULT_MAX_TOKENS
+
+    def asked(self, request: LoadRequest) -> "ChatModel":
+        """Return the model with what a load request sets; what it leaves out stays."""
+        constrain = request.constrain_tools
+        return replace(
+            self,
+            tool_format=request.tool_format or self.tool_format,
+            constrain_tools=self.constrain_tools if constrain is None else constrain,
+        )
+
+    def like(self, other: "ChatModel") -> "ChatModel":
+        """Return the model with what load requests set of another one."""
+        return replace(self, tool_format=other.tool_format, constrain_tools=other.constrain_tools)
+
+    def template_for(self, *, has_tools: bool) -> ChatTemplate | None:
+        """Return the template of a request with or without tools."""
+        return self.tool_template if has_tools and self.tool_template else self.template
+
+    @property
+    def call_syntax(self) -> CallSyntax | None:
+        """How it writes calls; None where nobody says."""
+        template = self.template_for(has_tools=True)
+        if self.tool_format is not None:
+            return SYNTAXES[self.tool_format]
+        known = None if template is None else template.tool_format
+        return None if known is None else SYNTAXES[known]
+
+    @property
+    def supports_tools(self) -> bool:
+        """Whether requests may offer tools."""
+        template = self.template_for(has_tools=True)
+        return template is not None and template.takes_tools and self.call_syntax is not None
 
 
 def load_chat_model(source: ModelSource, *, model_id: str, cache_dir: Path) -> ChatModel:
@@ -51,24 +96,24 @@ def load_chat_model(source: ModelSource, *, model_id: str, cache_dir: Path) -> C
     if source.kind == "gguf":
         keys = read_gguf(path).metadata
         tokenizer = tokenizer_from_gguf(keys, name=path.name, cache_dir=cache_dir, eos_ids=eos_ids)
-        template = template_in_gguf(keys)
+        templates = templates_in_gguf(keys)
     else:
         tokenizer = tokenizer_from_directory(path, cache_dir=cache_dir, eos_ids=eos_ids)
-        template = template_in_directory(path)
+        templates = templates_in_directory(path)
+    texts = templates or TemplateTexts(default="")
     return ChatModel(
         model_id=model_id,
         tokenizer=tokenizer,
-        template=_compile(template, model_id, tokenizer),
+        template=_compile(texts.default, model_id, tokenizer) if templates else None,
+        tool_template=_compile(texts.tool_use, model_id, tokenizer) if texts.tool_use else None,
         max_model_len=config.model.max_position_embeddings,
         defaults=config.generation,
     )
 
 
-def _compile(template: str | None, model_id: str, tokenizer: ChatTokenizer) -> ChatTemplate | None:
-    if template is None:
-        return None
+def _compile(text: str, model_id: str, tokenizer: ChatTokenizer) -> ChatTemplate:
     return ChatTemplate(
-        template,
+        text,
         model_id=model_id,
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,

@@ -4,15 +4,17 @@ The result does not depend on how the text is cut into pieces.
 """
 
 import secrets
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from cortex.neuron.chat.callparts import CallEnd, CallEvent, CallStart, overlap
+from cortex.neuron.chat.callreader import CallReader
+from cortex.neuron.chat.formats import SYNTAXES, THINK_TAGS, CallSyntax, ThinkMarkers
 from cortex.neuron.chat.schema import ToolTable
-from cortex.neuron.chat.toolcalls import parse_call
 
-THINK, END_THINK = "<think>", "</think>"
-TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
+_ALNUM = string.ascii_letters + string.digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +32,31 @@ class ContentDelta:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCallDone:
-    """A complete tool call; `arguments` is the text of a JSON object."""
+class ToolCallStart:
+    """A tool call begins; its arguments follow."""
 
     index: int
     id: str
     name: str
-    arguments: str
 
 
-OutputEvent = ReasoningDelta | ContentDelta | ToolCallDone
+@dataclass(frozen=True, slots=True)
+class ToolCallText:
+    """More of a call's arguments, which together are the text of a JSON object."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallLost:
+    """A call that began will not be completed; `text` is all that the model wrote of it."""
+
+    index: int
+    text: str
+
+
+OutputEvent = ReasoningDelta | ContentDelta | ToolCallStart | ToolCallText | ToolCallLost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,22 +64,33 @@ class OutputSpec:
     """What a request's output may consist of.
 
     Attributes:
-        knows_thinking: `<think>` blocks are reasoning.
-        starts_thinking: the prompt ends inside an open `<think>`.
-        tools: declared tools; None leaves `<tool_call>` blocks as text.
+        knows_thinking: text between `think` markers is reasoning.
+        starts_thinking: the prompt ends inside an open thought.
+        tools: declared tools; None leaves calls as text.
+        syntax: how calls are written.
+        is_forced: a grammar holds the whole answer, so that its calls are whole.
         is_single_call: output ends with the first tool call.
         stops: texts that end the content, none of them empty.
     """
 
     knows_thinking: bool = False
     starts_thinking: bool = False
+    think: ThinkMarkers = THINK_TAGS
     tools: ToolTable | None = None
+    syntax: CallSyntax = SYNTAXES["hermes"]
+    is_forced: bool = False
     is_single_call: bool = False
     stops: tuple[str, ...] = ()
 
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Texts that are syntax here, even where their tokens are special."""
+        thoughts = (self.think.opening, self.think.closing) if self.knows_thinking else ()
+        return thoughts if self.tools is None else (*thoughts, *self.syntax.markers)
+
 
 class _State(Enum):
-    START = "start"  # before content, where a <think> may open
+    START = "start"  # before content, where a thought or a bare call may begin
     THINKING = "thinking"
     CONTENT = "content"
     TOOL = "tool"
@@ -75,6 +103,7 @@ class _Lead(Enum):
     NOTHING = ""
     NEWLINES = "\r\n"  # after a thinking block
     ALL = " \t\r\n"  # after a tool call
+    SEPARATORS = " \t\r\n;,"  # between calls without markers
 
 
 class StopMatcher:
@@ -96,7 +125,7 @@ class StopMatcher:
             _, at, self.match = min(found)
             self._held = ""
             return text[:at]
-        held = max(_overlap(text, stop) for stop in self._stops)
+        held = max(overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
@@ -135,22 +164,21 @@ class OutputParser:
         num_calls: tool calls found so far.
     """
 
-    def __init__(
-        self,
-        spec: OutputSpec,
-        *,
-        new_call_id: Callable[[], str] = lambda: f"call_{secrets.token_hex(12)}",
-    ) -> None:
+    def __init__(self, spec: OutputSpec, *, new_call_id: Callable[[], str] | None = None) -> None:
         self._spec = spec
-        self._new_call_id = new_call_id
+        self._new_call_id = new_call_id or (lambda: _new_call_id(spec.syntax))
+        self._is_bare = spec.tools is not None and spec.syntax.is_bare
         self._state = _State.START
         if spec.starts_thinking:
             self._state = _State.THINKING
-        elif not spec.knows_thinking:
+        elif not (spec.knows_thinking or self._is_bare):
             self._state = _State.CONTENT
         self._lead = _Lead.NOTHING
         self._buffer = ""
-        self._body: list[str] = []  # of the tool block in progress
+        self._reader: CallReader | None = None
+        self._marker = ""  # what opened the call that is being read
+        self._is_certain = False
+        self._is_after_bare = False
         self._stop = StopMatcher(spec.stops)
         self._trimmer = _Trimmer()
         self._events: list[OutputEvent] = []
@@ -177,9 +205,14 @@ class OutputParser:
         """Whether what comes next is, or may become, content."""
         return self._state in (_State.CONTENT, _State.START)
 
-    def feed(self, text: str) -> list[OutputEvent]:
-        """Return what became certain with this piece of text."""
+    def feed(self, text: str, *, is_opening: bool = False) -> list[OutputEvent]:
+        """Return what became certain with this piece of text.
+
+        Args:
+            is_opening: the text ends with a marker from which on a grammar holds.
+        """
         self._buffer += text
+        self._is_certain = is_opening
         while self._buffer and self._step():
             pass
         return self._take_events()
@@ -199,8 +232,8 @@ class OutputParser:
                 self._reasoning(rest)
                 self._trimmer.take()
             case _State.TOOL:
-                body = "".join(self._body) + rest
-                self._end_call(body, is_closed=False, is_cut=is_cut)
+                self._buffer = rest
+                self._end_call(is_cut=is_cut)
             case _State.DONE:
                 pass
         if self._state is not _State.DONE:
@@ -232,16 +265,22 @@ class OutputParser:
                 return False
 
     def _step_start(self) -> bool:
-        text = self._buffer.lstrip()
+        text = self._buffer.lstrip(_Lead.SEPARATORS.value if self._is_after_bare else None)
         if not text:
             return False
-        for marker in (THINK, END_THINK):
+        if self._is_bare and text[0] == "{":
+            self._content(self._buffer[: len(self._buffer) - len(text)])
+            self._buffer = text
+            self._begin_call("", is_certain=self._spec.is_forced)
+            return True
+        think = self._spec.think
+        for marker in (think.opening, think.closing) if self._spec.knows_thinking else ():
             if text.startswith(marker):
                 # A closing marker here repeats the prompt's own.
                 self._buffer = text[len(marker) :]
                 self._lead = _Lead.NEWLINES
                 self._thinking_lead = True
-                if marker == THINK:
+                if marker == think.opening:
                     self._state = _State.THINKING
                 return True
             if marker.startswith(text):
@@ -250,15 +289,18 @@ class OutputParser:
         return True
 
     def _step_thinking(self) -> bool:
-        markers = (END_THINK, TOOL_CALL) if self._spec.tools else (END_THINK,)
-        before, marker = self._cut_at_marker(markers)
+        closing, opening = self._spec.think.closing, self._spec.syntax.opening
+        before, marker = self._cut_at_marker((closing, opening) if self._spec.tools else (closing,))
         self._reasoning(before)
         if marker is None:
             return False
         self._trimmer.take()
         self._lead = _Lead.NEWLINES
-        # Some models call a tool without closing their thought.
-        self._state = _State.TOOL if marker == TOOL_CALL else _State.START
+        if marker == closing:
+            self._state = _State.START
+        else:
+            # Some models call a tool without closing their thought, which no grammar foresees.
+            self._begin_call(marker, is_certain=self._is_certain)
         return True
 
     def _step_content(self) -> bool:
@@ -266,23 +308,35 @@ class OutputParser:
             text, self._buffer = self._buffer, ""
             self._content(text)
             return False
-        before, marker = self._cut_at_marker((TOOL_CALL,))
+        before, marker = self._cut_at_marker((self._spec.syntax.opening,))
         self._content(before)
         if self._state is _State.DONE:
             return True
         if marker is None:
             return False
-        self._emit_content(self._stop.flush())
-        self._state = _State.TOOL
+        self._begin_call(marker, is_certain=self._is_certain or self._spec.is_forced)
         return True
 
+    def _begin_call(self, marker: str, *, is_certain: bool) -> None:
+        assert self._spec.tools is not None
+        self._state = _State.TOOL
+        self._marker = marker
+        self._reader = CallReader(self._spec.syntax, self._spec.tools, is_certain=is_certain)
+
     def _step_tool(self) -> bool:
-        body, marker = self._cut_at_marker((END_TOOL_CALL,))
-        self._body.append(body)
-        if marker is None:
-            return False
-        self._end_call("".join(self._body), is_closed=True)
-        return True
+        assert self._reader is not None
+        text, self._buffer = self._buffer, ""
+        self._tell(self._reader.feed(text))
+        return self._leave_call()
+
+    def _end_call(self, *, is_cut: bool) -> None:
+        """Take leave of the call that is being read at the end of all text."""
+        reader = self._reader
+        assert reader is not None
+        if not is_cut:
+            self._tell(reader.end())
+        if not reader.is_done and self._state is _State.TOOL:
+            self._lose(reader, reader.lost + reader.rest)
 
     def _cut_at_marker(self, markers: tuple[str, ...]) -> tuple[str, str | None]:
         """Take the buffer up to the first marker, which goes too; without one, hold back the
@@ -293,35 +347,55 @@ class OutputParser:
             at, marker = min(found)
             self._buffer = text[at + len(marker) :]
             return text[:at], marker
-        held = max(_overlap(text, marker) for marker in markers)
+        held = max(overlap(text, marker) for marker in markers)
         self._buffer = text[len(text) - held :]
         return text[: len(text) - held], None
 
-    def _end_call(self, body: str, *, is_closed: bool, is_cut: bool = False) -> None:
-        assert self._spec.tools is not None
-        self._body = []
+    def _leave_call(self) -> bool:
+        """Go on after a call, or after what turned out to be none; False while it goes on."""
+        reader = self._reader
+        assert reader is not None
+        if self._state is _State.DONE:
+            return True
+        if not (reader.is_done or reader.is_failed):
+            return False
+        self._buffer = reader.rest
+        if reader.is_failed:
+            self._lose(reader, reader.lost)
+            return True
+        self._is_after_bare = self._is_bare
+        self._lead = _Lead.SEPARATORS if self._is_bare else _Lead.ALL
+        is_open = self._spec.knows_thinking or self._is_bare
+        self._state = _State.START if is_open else _State.CONTENT
+        return True
+
+    def _lose(self, reader: CallReader, text: str) -> None:
+        """Give text back that is no call."""
+        text = self._marker + text
         self._state = _State.CONTENT
-        call = None if is_cut else parse_call(body, self._spec.tools, is_closed=is_closed)
-        if call is None:
-            self._lead = _Lead.NOTHING
-            self._content(f"{TOOL_CALL}{body}{END_TOOL_CALL if is_closed else ''}")
+        if reader.has_started:
+            self.num_calls -= 1
+            self._events.append(ToolCallLost(self.num_calls, text))
             return
-        # White space between text and a tool call belongs to neither.
-        self._trimmer.take()
-        self._events.append(
-            ToolCallDone(
-                index=self.num_calls,
-                id=self._new_call_id(),
-                name=call.name,
-                arguments=call.arguments,
-            )
-        )
-        self.num_calls += 1
-        self._lead = _Lead.ALL
-        if self._spec.is_single_call:
-            self._state = _State.DONE
-        elif self._spec.knows_thinking:
-            self._state = _State.START
+        self._lead = _Lead.NOTHING
+        self._content(text)
+
+    def _tell(self, events: list[CallEvent]) -> None:
+        for event in events:
+            if isinstance(event, CallEnd):
+                self._marker = ""
+                if self._spec.is_single_call:
+                    self._state = _State.DONE
+                    return
+            elif isinstance(event, CallStart):
+                self._emit_content(self._stop.flush())
+                # White space between text and a tool call belongs to neither.
+                self._trimmer.take()
+                call_id = event.id or self._new_call_id()
+                self._events.append(ToolCallStart(self.num_calls, call_id, event.name))
+                self.num_calls += 1
+            else:
+                self._events.append(ToolCallText(self.num_calls - 1, event.text))
 
     def _reasoning(self, text: str) -> None:
         if self._thinking_lead:
@@ -349,9 +423,7 @@ class OutputParser:
             self._events.append(ContentDelta(ready))
 
 
-def _overlap(text: str, marker: str) -> int:
-    """Return the length of the longest end of `text` that begins `marker` but is not all of it."""
-    for length in range(min(len(text), len(marker) - 1), 0, -1):
-        if text.endswith(marker[:length]):
-            return length
-    return 0
+def _new_call_id(syntax: CallSyntax) -> str:
+    if syntax.id_chars is not None:
+        return "".join(secrets.choice(_ALNUM) for _ in range(syntax.id_chars))
+    return f"call_{secrets.token_hex(12)}"

@@ -18,6 +18,7 @@ from cortex.core.openai import (
     Tool,
 )
 from cortex.core.tool_choice import AllowedToolsChoice, NamedToolChoice
+from cortex.neuron.chat.formats import SYNTAXES, CallSyntax
 from cortex.neuron.chat.grammar import (
     Markers,
     Thinking,
@@ -26,7 +27,7 @@ from cortex.neuron.chat.grammar import (
     optional_calls,
 )
 from cortex.neuron.chat.model import ChatModel
-from cortex.neuron.chat.output import END_THINK, THINK, OutputSpec
+from cortex.neuron.chat.output import OutputSpec
 from cortex.neuron.chat.schema import ToolTable
 from cortex.neuron.chat.template import ChatTemplate
 from cortex.neuron.chat.tokenizer import ChatTokenizer
@@ -85,16 +86,28 @@ def prepare(request: ChatRequest, model: ChatModel) -> Prepared:
         ContextLengthExceededError: the prompt leaves no room for an answer.
         BadRequestError: fields contradict each other.
     """
-    template = _template_of(model)
     offered = _active_tools(request)
     tools = _callable_tools(request, offered)
+    template = _template_of(model, has_tools=bool(offered))
+    syntax = _syntax_of(model, offered)
     text = _render(request, template, offered)
     prompt_ids = _encode(text, model)
     asked_tokens = request.max_completion_tokens or request.max_tokens or model.default_max_tokens
     thinking = _thinking_after(text, template, model.tokenizer)
-    markers = Markers.of(model.tokenizer, is_xml=template.writes_xml_calls, thinking=thinking)
-    is_single = request.parallel_tool_calls is False or isinstance(
-        request.tool_choice, NamedToolChoice
+    markers = Markers.of(
+        model.tokenizer,
+        syntax=syntax,
+        thinking=thinking,
+        think=template.think,
+        has_call_ids=template.has_call_ids,
+    )
+    is_single = (
+        request.parallel_tool_calls is False
+        or isinstance(request.tool_choice, NamedToolChoice)
+        or template.is_single_call
+    )
+    constraint = _constraint(
+        request, tools, markers, is_single=is_single, holds_optional=model.constrain_tools
     )
     return Prepared(
         tokenizer=model.tokenizer,
@@ -104,11 +117,16 @@ def prepare(request: ChatRequest, model: ChatModel) -> Prepared:
         sampling=sampling_of(
             request, model, (request.top_logprobs or 0) if request.logprobs else None
         ),
-        constraint=_constraint(request, tools, markers, is_single=is_single),
+        constraint=constraint,
         output=OutputSpec(
-            knows_thinking=template.supports_thinking or markers.think_id is not None,
+            knows_thinking=(
+                template.supports_thinking or markers.ids[template.think.opening] is not None
+            ),
             starts_thinking=thinking == "open",
+            think=template.think,
             tools=ToolTable(tools) if tools else None,
+            syntax=syntax,
+            is_forced=constraint is not None and constraint.trigger_id is None,
             is_single_call=is_single,
             stops=request.stops,
         ),
@@ -121,18 +139,31 @@ def prepare(request: ChatRequest, model: ChatModel) -> Prepared:
 
 def prompt_ids(request: ChatRequest, model: ChatModel) -> list[int]:
     """Return the prompt's ids alone, for counting; raises as `prepare`, but not on length."""
-    text = _render(request, _template_of(model), _active_tools(request))
+    tools = _active_tools(request)
+    text = _render(request, _template_of(model, has_tools=bool(tools)), tools)
     return model.tokenizer.encode(text)
 
 
-def _template_of(model: ChatModel) -> ChatTemplate:
-    if model.template is None:
+def _template_of(model: ChatModel, *, has_tools: bool) -> ChatTemplate:
+    template = model.template_for(has_tools=has_tools)
+    if template is None:
         raise BadRequestError(
             f"model {model.model_id!r} has no chat template, so it cannot chat; "
             "choose a model that was made for chat",
             param="model",
         )
-    return model.template
+    return template
+
+
+def _syntax_of(model: ChatModel, tools: list[Tool]) -> CallSyntax:
+    syntax = model.call_syntax
+    if syntax is None and tools:
+        raise UnsupportedFieldError(
+            f"model {model.model_id!r} cannot use tools: its chat template does not say how it "
+            "writes calls; set its `tool_format`, leave `tools` out or choose another model",
+            param="tools",
+        )
+    return syntax or SYNTAXES["hermes"]
 
 
 def _active_tools(request: ChatRequest) -> list[Tool]:
@@ -192,6 +223,9 @@ def _render(request: ChatRequest, template: ChatTemplate, tools: list[Tool]) -> 
         kwargs["reasoning_effort"] = request.reasoning_effort
         kwargs["enable_thinking"] = request.reasoning_effort != "none"
     kwargs |= request.chat_template_kwargs or {}
+    if "enable_thinking" in kwargs:
+        # Templates know the same switch by either name.
+        kwargs.setdefault("thinking", kwargs["enable_thinking"])
     return template.render(request.messages, tools, template_kwargs=kwargs)
 
 
@@ -281,15 +315,21 @@ def _reseeded(sampling: Sampling, choice_idx: int) -> Sampling:
 def _thinking_after(text: str, template: ChatTemplate, tokenizer: ChatTokenizer) -> Thinking:
     """Return whether the prompt ends inside a thinking block, or the model may begin one."""
     end = text.rstrip()
-    if end.endswith(THINK):
+    think = template.think
+    if end.endswith(think.opening):
         return "open"
-    if end.endswith(END_THINK) or tokenizer.marker_id(THINK) is None:
+    if end.endswith(think.closing) or tokenizer.marker_id(think.opening) is None:
         return "off"
     return "possible" if template.supports_thinking else "off"
 
 
 def _constraint(
-    request: ChatRequest, tools: list[Tool], markers: Markers, *, is_single: bool
+    request: ChatRequest,
+    tools: list[Tool],
+    markers: Markers,
+    *,
+    is_single: bool,
+    holds_optional: bool,
 ) -> Constraint | None:
     answer = _json_format(request)
     choice = request.tool_choice
@@ -303,7 +343,9 @@ def _constraint(
         if tools:
             return forced_calls(tools, markers, is_single=is_single, or_json=answer)
         return json_answer(answer, markers)
-    return optional_calls(tools, markers) if tools else None
+    if tools and holds_optional:
+        return optional_calls(tools, markers, is_single=is_single)
+    return None
 
 
 def _json_format(request: ChatRequest) -> JsonSchemaFormat | None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from cortex.core.errors import BadRequestError, EngineDiedError
 from cortex.core.openai import (
     AssistantMessage,
@@ -30,7 +32,9 @@ from cortex.neuron.chat.output import (
     OutputEvent,
     OutputParser,
     ReasoningDelta,
-    ToolCallDone,
+    ToolCallLost,
+    ToolCallStart,
+    ToolCallText,
 )
 from cortex.neuron.chat.prepare import Prepared
 from cortex.neuron.chat.tokenizer import ChatTokenizer
@@ -60,7 +64,11 @@ class ChoiceReader:
         self._stop_ids = frozenset(prepared.stop_ids)
         self._wants_logprobs = prepared.logprobs
         self._grammar_param = "response_format" if prepared.output.tools is None else "tools"
-        self._text = TextStream(prepared.tokenizer, prepared.context_ids)
+        constraint = prepared.constraint
+        self._trigger_id = None if constraint is None else constraint.trigger_id
+        self._text = TextStream(
+            prepared.tokenizer, prepared.context_ids, shown=prepared.output.markers
+        )
         self._parser = OutputParser(prepared.output)
         self.finish_reason: FinishReason | None = None
         self.num_tokens = 0
@@ -105,7 +113,8 @@ class ChoiceReader:
         was_content = self._parser.is_content
         text = self._text.feed((token_id,))
         if text:
-            piece.events += self._parser.feed(text)
+            is_opening = token_id == self._trigger_id
+            piece.events += self._parser.feed(text, is_opening=is_opening)
         is_content = was_content and (self._parser.is_content or self._parser.is_done)
         if self._wants_logprobs and event.logprobs and is_content:
             piece.logprobs.append(_token_logprob(event.logprobs[at], self._tokenizer))
@@ -191,7 +200,7 @@ class ChatStream(Reply):
             return b""
         reader = self._readers[choice_idx]
         piece = reader.read(event)
-        deltas = [_delta(output) for output in _merged(piece.events)]
+        deltas = _deltas(piece.events)
         if piece.logprobs and not any(delta.content for delta in deltas):
             deltas.append(Delta(content=""))
         chunks: list[bytes] = []
@@ -252,9 +261,11 @@ class ChatCollector(Reply):
 
     def _choice(self, at: int) -> Choice:
         reader, piece = self._readers[at], self._pieces[at]
-        content = "".join(e.text for e in piece.events if isinstance(e, ContentDelta))
+        content = "".join(
+            e.text for e in piece.events if isinstance(e, ContentDelta | ToolCallLost)
+        )
         reasoning = "".join(e.text for e in piece.events if isinstance(e, ReasoningDelta))
-        calls = [_tool_call(e) for e in piece.events if isinstance(e, ToolCallDone)]
+        calls = _tool_calls(piece.events)
         return Choice(
             index=at,
             message=AssistantMessage(
@@ -268,39 +279,65 @@ class ChatCollector(Reply):
         )
 
 
-def _merged(events: list[OutputEvent]) -> list[OutputEvent]:
-    """Join neighbours of the same kind: one token event makes few chunks."""
-    merged: list[OutputEvent] = []
+def _deltas(events: list[OutputEvent]) -> list[Delta]:
+    """Return events as deltas, neighbours of a kind joined: one token event makes few chunks."""
+    deltas: list[Delta] = []
     for event in events:
-        last = merged[-1] if merged else None
-        if isinstance(event, ContentDelta) and isinstance(last, ContentDelta):
-            merged[-1] = ContentDelta(last.text + event.text)
-        elif isinstance(event, ReasoningDelta) and isinstance(last, ReasoningDelta):
-            merged[-1] = ReasoningDelta(last.text + event.text)
+        if isinstance(event, ToolCallLost):
+            # Its beginning is told already and cannot be taken back; the finish reason tells.
+            continue
+        more = _delta(event)
+        joined = _joined(deltas[-1], more) if deltas else None
+        if joined is None:
+            deltas.append(more)
         else:
-            merged.append(event)
-    return merged
+            deltas[-1] = joined
+    return deltas
 
 
-def _delta(event: OutputEvent) -> Delta:
+def _delta(event: ReasoningDelta | ContentDelta | ToolCallStart | ToolCallText) -> Delta:
     if isinstance(event, ContentDelta):
         return Delta(content=event.text)
     if isinstance(event, ReasoningDelta):
         return Delta(reasoning_content=event.text)
+    if isinstance(event, ToolCallText):
+        part = FunctionDelta(arguments=event.text)
+        return Delta(tool_calls=[ToolCallDelta(index=event.index, function=part)])
+    begin = FunctionDelta(name=event.name, arguments="")
     return Delta(
-        tool_calls=[
-            ToolCallDelta(
-                index=event.index,
-                id=event.id,
-                type="function",
-                function=FunctionDelta(name=event.name, arguments=event.arguments),
-            )
-        ]
+        tool_calls=[ToolCallDelta(index=event.index, id=event.id, type="function", function=begin)]
     )
 
 
-def _tool_call(event: ToolCallDone) -> ToolCall:
-    return ToolCall(id=event.id, function=FunctionCall(name=event.name, arguments=event.arguments))
+def _joined(first: Delta, second: Delta) -> Delta | None:
+    """Return two deltas as one, or None where they are of different kinds or calls."""
+    if first.content is not None and second.content is not None:
+        return Delta(content=first.content + second.content)
+    if first.reasoning_content is not None and second.reasoning_content is not None:
+        return Delta(reasoning_content=first.reasoning_content + second.reasoning_content)
+    if first.tool_calls is None or second.tool_calls is None:
+        return None
+    (call,), (more,) = first.tool_calls, second.tool_calls
+    if more.id is not None or call.function is None or more.function is None:
+        return None
+    text = (call.function.arguments or "") + (more.function.arguments or "")
+    function = msgspec.structs.replace(call.function, arguments=text)
+    return Delta(tool_calls=[msgspec.structs.replace(call, function=function)])
+
+
+def _tool_calls(events: list[OutputEvent]) -> list[ToolCall]:
+    """Return the calls that are complete."""
+    starts = {event.index: event for event in events if isinstance(event, ToolCallStart)}
+    lost = {event.index for event in events if isinstance(event, ToolCallLost)}
+    texts: dict[int, list[str]] = {at: [] for at in starts}
+    for event in events:
+        if isinstance(event, ToolCallText):
+            texts[event.index].append(event.text)
+    return [
+        ToolCall(id=start.id, function=FunctionCall(name=start.name, arguments="".join(texts[at])))
+        for at, start in starts.items()
+        if at not in lost
+    ]
 
 
 def _token_logprob(logprob: Logprob, tokenizer: ChatTokenizer) -> TokenLogprob:

@@ -1,11 +1,12 @@
 """A checkpoint's chat template: messages and tools to the prompt's text."""
 
+import hashlib
 import json  # noqa: TID251 - models are trained on json.dumps' exact spacing
 import re
+import string
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -17,7 +18,9 @@ from cortex.core.errors import (
     TemplateRenderError,
     UnsupportedFieldError,
 )
+from cortex.core.neuron_api import ToolFormat
 from cortex.core.openai import (
+    FunctionCall,
     Message,
     Part,
     RefusalPart,
@@ -25,9 +28,13 @@ from cortex.core.openai import (
     Tool,
     ToolCall,
 )
+from cortex.neuron.chat.formats import (
+    CALL_ID,
+    ThinkMarkers,
+    think_markers_of,
+    tool_format_of,
+)
 from cortex.neuron.chat.sandbox import Clock, Sandbox, budget
-from cortex.neuron.models.gguf_file import GgufValue
-from cortex.neuron.models.hf_files import read_json
 
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_PROMPT_CHARS = 16 << 20
@@ -38,8 +45,17 @@ _READS_PARTS = re.compile(
 )
 _TESTS_STRING = re.compile(r"\bis\s+string\b")
 _TOOLS = re.compile(r"\btools\b")
+# A template that refuses a turn with other than one call.
+_ONE_CALL = re.compile(r"tool_calls\s*\|\s*length\s*(?:!=\s*1|==\s*1|>\s*1)\b")
+# A template that refuses a call whose id has another length.
+_SHORT_IDS = re.compile(r"\bid\s*(?:\|\s*length|\.__len__\(\))\s*(?:!=|==)\s*9\b")
+_SHORT_ID_CHARS = 9
+_ALNUM = string.ascii_letters + string.digits
 _RESERVED = frozenset(["messages", "tools"])
 _PART_NAMES = {"ImagePart": "images", "AudioPart": "sound", "FilePart": "files"}
+
+_PROBE = FunctionCall(name="a", arguments={"probe": "b"})
+_PROBE_AS_PYTHON = "{'probe': 'b'}"
 
 Now = Callable[[], datetime]
 
@@ -77,9 +93,11 @@ class ChatTemplate:
     """A compiled chat template and what its source tells about the model.
 
     Attributes:
-        supports_tools: it renders `tools` and knows `<tool_call>` blocks.
-        supports_thinking: it knows `<think>` blocks.
-        writes_xml_calls: calls are `<function=..>` blocks; otherwise JSON objects.
+        takes_tools: it renders `tools`.
+        tool_format: how the model writes calls; None where the source does not say.
+        has_call_ids: the model writes an id into each of its calls.
+        is_single_call: a turn may hold one call only.
+        supports_thinking: it knows thoughts, which stand between `think`'s markers.
     """
 
     def __init__(
@@ -103,12 +121,35 @@ class ChatTemplate:
         self._clock = clock
         self._model_id = model_id
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        self.supports_thinking = "<think>" in source or "enable_thinking" in source
-        self.writes_xml_calls = "<function=" in source
-        self.supports_tools = bool(_TOOLS.search(source)) and "<tool_call>" in source
+        self.think: ThinkMarkers = think_markers_of(source)
+        self.supports_thinking = self.think.opening in source or "enable_thinking" in source
+        self.takes_tools = bool(_TOOLS.search(source))
+        self.tool_format: ToolFormat | None = tool_format_of(source)
+        self.has_call_ids = CALL_ID in source
+        self.is_single_call = bool(_ONE_CALL.search(source))
+        self._short_ids = bool(_SHORT_IDS.search(source))
+        self._takes_objects = True
         reads_parts = bool(_READS_PARTS.search(source))
         self._wants_parts = reads_parts and not _TESTS_STRING.search(source)
         self._takes_parts = reads_parts
+        self._takes_objects = self._renders_objects()
+
+    def _renders_objects(self) -> bool:
+        """Try whether a call's arguments may be an object; some templates join them as text."""
+        # An object that is neither walked over nor made JSON shows as Python writes it.
+        text = self._probe()
+        if text is not None and _PROBE_AS_PYTHON not in text:
+            return True
+        self._takes_objects = False
+        return self._probe() is None
+
+    def _probe(self) -> str | None:
+        call = ToolCall(id="a" * _SHORT_ID_CHARS, function=_PROBE)
+        turns = [Message(role="user", content="a"), Message(role="assistant", tool_calls=[call])]
+        try:
+            return self.render(turns, add_generation_prompt=False)
+        except BadRequestError:
+            return None
 
     def render(
         self,
@@ -130,7 +171,7 @@ class ChatTemplate:
                 them; quotes why.
             BadRequestError: the prompt is over `MAX_PROMPT_CHARS` characters.
         """
-        if tools and not self.supports_tools:
+        if tools and not self.takes_tools:
             raise UnsupportedFieldError(
                 f"model {self._model_id!r} cannot use tools: its chat template has no place for "
                 "them; leave `tools` out or choose another model",
@@ -195,10 +236,21 @@ class ChatTemplate:
         if message.thinking is not None:
             turn["reasoning_content"] = message.thinking
         if message.tool_calls:
-            turn["tool_calls"] = [_plain_call(call) for call in message.tool_calls]
+            turn["tool_calls"] = [self._call(call) for call in message.tool_calls]
         if message.tool_call_id is not None:
-            turn["tool_call_id"] = message.tool_call_id
+            turn["tool_call_id"] = self._call_id(message.tool_call_id)
         return turn
+
+    def _call(self, call: ToolCall) -> dict[str, Any]:
+        plain: dict[str, Any] = {} if call.id is None else {"id": self._call_id(call.id)}
+        arguments = _arguments(call) if self._takes_objects else _arguments_text(call)
+        function = {"name": call.function.name, "arguments": arguments}
+        return plain | {"type": "function", "function": function}
+
+    def _call_id(self, call_id: str) -> str:
+        """Return an id as the template takes it: it may come from another model."""
+        is_short = len(call_id) == _SHORT_ID_CHARS and call_id.isascii() and call_id.isalnum()
+        return call_id if is_short or not self._short_ids else _short_id(call_id)
 
     def _content(self, at: int, message: Message) -> str | list[dict[str, str]]:
         if message.content is None or isinstance(message.content, str):
@@ -236,20 +288,34 @@ def _plain_tool(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _plain_call(call: ToolCall) -> dict[str, Any]:
-    """A call with its arguments as an object: templates walk over their items."""
+def _arguments(call: ToolCall) -> Any:
+    """A call's arguments as an object: templates walk over their items."""
     arguments: Any = call.function.arguments
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
-        arguments = {}
-    elif isinstance(arguments, str):
-        try:
-            arguments = msgspec.json.decode(arguments)
-        except (msgspec.DecodeError, RecursionError):
-            # What the model once wrote need not be JSON; the template decides about the text.
-            arguments = call.function.arguments
-    plain: dict[str, Any] = {"id": call.id} if call.id is not None else {}
-    plain |= {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
-    return plain
+        return {}
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        return msgspec.json.decode(arguments)
+    except (msgspec.DecodeError, RecursionError):
+        # What the model once wrote need not be JSON; the template decides about the text.
+        return arguments
+
+
+def _arguments_text(call: ToolCall) -> str:
+    """A call's arguments as JSON text: some templates put it into the prompt as it is."""
+    arguments = call.function.arguments
+    if isinstance(arguments, str):
+        return arguments if arguments.strip() else "{}"
+    return _to_json(arguments or {})
+
+
+def _short_id(call_id: str) -> str:
+    """Return an id of few characters that stands for another one, always the same."""
+    number = int.from_bytes(hashlib.blake2b(call_id.encode(), digest_size=16).digest(), "big")
+    return "".join(
+        _ALNUM[number // len(_ALNUM) ** at % len(_ALNUM)] for at in range(_SHORT_ID_CHARS)
+    )
 
 
 def _joined(content: str | list[dict[str, str]]) -> str:
@@ -270,43 +336,3 @@ def _fold_leading_system(turns: list[dict[str, Any]]) -> list[dict[str, Any]] | 
         return None
     text = "\n\n".join(_joined(turn["content"]) for turn in turns[:lead])
     return [{"role": "system", "content": text}, *turns[lead:]]
-
-
-class _NamedTemplate(msgspec.Struct, kw_only=True, frozen=True):
-    name: str
-    template: str
-
-
-class _TemplateConfig(msgspec.Struct, kw_only=True, frozen=True):
-    chat_template: str | list[_NamedTemplate] | None = None
-
-
-def template_in_directory(directory: Path) -> str | None:
-    """Return the template text of a Hugging Face layout directory, or None where it has none.
-
-    chat_template.jinja goes before tokenizer_config.json's field, which is a text or a list of
-    named ones, of which `default` is taken.
-
-    Raises:
-        CheckpointError: a file is there and cannot be read.
-    """
-    own_file = directory / "chat_template.jinja"
-    if own_file.exists():
-        try:
-            return own_file.read_text("utf-8")
-        except (OSError, UnicodeError) as exc:
-            raise CheckpointError(f"cannot read {own_file}: {exc}") from exc
-    config_file = directory / "tokenizer_config.json"
-    if not config_file.exists():
-        return None
-    config = read_json(config_file, _TemplateConfig)
-    if not isinstance(config.chat_template, list):
-        return config.chat_template
-    by_name = {entry.name: entry.template for entry in config.chat_template}
-    return by_name.get("default", next(iter(by_name.values()), None))
-
-
-def template_in_gguf(keys: Mapping[str, GgufValue]) -> str | None:
-    """Return the template text in a GGUF file's metadata, or None where it has none."""
-    value = keys.get("tokenizer.chat_template")
-    return value if isinstance(value, str) and value else None

@@ -75,6 +75,13 @@ class CommandHarness:
                     f"neuron.toml says what is served; leave {option} out",
                     param=option,
                 )
+        for option in ("tool_format", "constrain_tools"):
+            if getattr(request, option) is not None:
+                raise UnsupportedFieldError(
+                    f"model '{request.model_id}' is served by an external engine, which reads "
+                    f"tool calls itself; leave {option} out",
+                    param=option,
+                )
         num_devices = spec.span
         if (request.tensor_parallel or num_devices) != num_devices:
             raise UnsupportedFieldError(

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
 from cortex.core.errors import BadRequestError
+from cortex.core.neuron_api import ToolFormat
 from cortex.core.openai import JsonSchemaFormat
-from cortex.neuron.chat import grammar as grammar_module
+from cortex.neuron.chat import grammarparts
+from cortex.neuron.chat.formats import SYNTAXES
 from cortex.neuron.chat.grammar import (
     Markers,
     Thinking,
@@ -21,11 +23,16 @@ from cortex.neuron.chat.grammar import (
 )
 from cortex.neuron.chat.schema import ToolTable
 from cortex.neuron.chat.tokenizer import ChatTokenizer
-from cortex.neuron.chat.toolcalls import parse_call
 from cortex.neuron.engine.protocol import Constraint
-from tests.support.chat_models import PROPERTY, WEATHER, make_tokenizer, tool, tools
+from tests.support.chat_models import PROPERTY, WEATHER, make_tokenizer, parse_call, tool, tools
 
 TOOLS = tools(WEATHER, tool("now"))
+
+
+def markers_of(
+    tokenizer: ChatTokenizer, name: ToolFormat = "qwen_xml", thinking: Thinking = "off"
+) -> Markers:
+    return Markers.of(tokenizer, syntax=SYNTAXES[name], thinking=thinking)
 
 
 class Checker:
@@ -37,7 +44,7 @@ class Checker:
         self._ll_tokenizer = LLTokenizer(text, eos_token=list(tokenizer.eos_ids))
 
     def markers(self, *, is_xml: bool = True, thinking: Thinking = "off") -> Markers:
-        return Markers.of(self.tokenizer, is_xml=is_xml, thinking=thinking)
+        return markers_of(self.tokenizer, "qwen_xml" if is_xml else "hermes", thinking)
 
     def accepts(self, constraint: Constraint | None, text: str) -> bool:
         """Whether the text is a complete match."""
@@ -126,7 +133,7 @@ def test_optional_calls_begin_at_the_marker_and_end_with_the_other(checker: Chec
 
 def test_without_marker_tokens_optional_calls_are_free(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path, markers=[])
-    markers = Markers.of(tokenizer, is_xml=True, thinking="off")
+    markers = markers_of(tokenizer)
     assert optional_calls(TOOLS, markers) is None
 
 
@@ -239,7 +246,7 @@ def test_odd_names_are_literal(checker: Checker, name: str) -> None:
     assert checker.accepts(constraint, written)
     parsed = parse_call(written.removesuffix("</tool_call>"), ToolTable(declared))
     assert parsed is not None
-    assert (parsed.name, msgspec.json.decode(parsed.arguments)) == (name, {name: "x"})
+    assert (parsed[0], msgspec.json.decode(parsed[1])) == (name, {name: "x"})
 
 
 @pytest.mark.parametrize("name", ["a>b", "</function>", "a\nb", "<[5]>", "</tool_call>"])
@@ -279,7 +286,7 @@ DEEP = {
 def test_what_parameters_share_is_not_written_out_beyond_the_bound(
     checker: Checker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar_module, "MAX_GRAMMAR_CHARS", 20_000)
+    monkeypatch.setattr(grammarparts, "MAX_GRAMMAR_CHARS", 20_000)
     shared = {"type": "object", "description": "x" * 1000, "properties": {"a": {"type": "string"}}}
     root = {
         "$defs": {"shared": shared},
@@ -370,7 +377,7 @@ def test_an_endless_parameter_name_is_refused(checker: Checker) -> None:
 def test_an_absurdly_large_grammar_is_refused(
     checker: Checker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar_module, "MAX_GRAMMAR_CHARS", 3000)
+    monkeypatch.setattr(grammarparts, "MAX_GRAMMAR_CHARS", 3000)
     values = [f"a rather long value {at}" for at in range(250)]
     with pytest.raises(BadRequestError, match="over 3000 characters"):
         optional_calls(tools(tool("f", {"properties": {"v": {"enum": values}}})), checker.markers())
@@ -443,5 +450,5 @@ def test_what_the_grammar_allows_the_parser_reads(
     parsed = parse_call(text.removesuffix("</tool_call>"), ToolTable(declared))
     assert checker.accepts(constraint, text)
     assert parsed is not None
-    assert parsed.name == name
-    assert msgspec.json.decode(parsed.arguments) == {parameter: value}
+    assert parsed[0] == name
+    assert msgspec.json.decode(parsed[1]) == {parameter: value}

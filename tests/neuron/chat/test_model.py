@@ -32,7 +32,7 @@ def test_a_directory_gives_tokenizer_template_and_limits(tmp_path: Path) -> None
     assert model.max_model_len == 4096
     assert model.tokenizer.eos_ids == (0, 2)
     assert model.template is not None
-    assert model.template.supports_tools
+    assert model.supports_tools
     assert model.defaults == GenerationDefaults()
     assert model.default_max_tokens == 8192
 
@@ -114,7 +114,7 @@ def test_smollm2_loads_from_its_gguf_file(tmp_path: Path) -> None:
     assert model.max_model_len == 8192
     assert model.tokenizer.eos_ids == (0, 2)
     assert model.template is not None
-    assert not model.template.supports_tools
+    assert not model.supports_tools
     assert not model.template.supports_thinking
 
 

@@ -14,7 +14,9 @@ from cortex.neuron.chat.output import (
     OutputSpec,
     ReasoningDelta,
     StopMatcher,
-    ToolCallDone,
+    ToolCallLost,
+    ToolCallStart,
+    ToolCallText,
 )
 from cortex.neuron.chat.schema import ToolTable
 from tests.support.chat_models import PROPERTY, WEATHER, tool, tools
@@ -49,9 +51,13 @@ def parse(pieces: str | list[str], spec: OutputSpec, *, is_cut: bool = False) ->
     events += parser.finish(is_cut=is_cut)
     parsed: Parsed = []
     for event in events:
-        if isinstance(event, ToolCallDone):
-            parsed.append(("call", event.id, event.name, event.arguments))
+        if isinstance(event, ToolCallStart):
+            parsed.append(("call", event.id, event.name, ""))
             continue
+        if isinstance(event, ToolCallText):
+            parsed[-1] = (*parsed[-1][:3], parsed[-1][3] + event.text)
+            continue
+        assert not isinstance(event, ToolCallLost)
         kind = {ReasoningDelta: "reasoning", ContentDelta: "content"}[type(event)]
         if parsed and parsed[-1][0] == kind:
             parsed[-1] = (kind, parsed[-1][1] + event.text)
@@ -133,8 +139,11 @@ def test_half_a_call_comes_back_as_text() -> None:
 
 def test_a_single_call_ends_the_output() -> None:
     spec = OutputSpec(tools=TABLE, is_single_call=True)
-    parser = OutputParser(spec)
-    assert len(parser.feed(NOW + NOW + "text")) == 1
+    parser = OutputParser(spec, new_call_id=ids().__next__)
+    assert parser.feed(NOW + NOW + "text") == [
+        ToolCallStart(0, "call_0", "now"),
+        ToolCallText(0, "{}"),
+    ]
     assert parser.is_done
     assert parser.feed("more") == []
     assert parser.finish() == []
@@ -143,7 +152,7 @@ def test_a_single_call_ends_the_output() -> None:
 
 def test_call_ids_differ_and_have_the_usual_form() -> None:
     parser = OutputParser(TOOLS)
-    events = [e for e in parser.feed(NOW + NOW) if isinstance(e, ToolCallDone)]
+    events = [e for e in parser.feed(NOW + NOW) if isinstance(e, ToolCallStart)]
     assert [event.index for event in events] == [0, 1]
     assert events[0].id != events[1].id
     assert all(event.id.startswith("call_") and len(event.id) > 12 for event in events)

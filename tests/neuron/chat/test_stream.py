@@ -1,6 +1,7 @@
 """Token events to chunks and completions."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -139,19 +140,60 @@ def test_reasoning_comes_in_its_own_field_and_is_counted(model: ChatModel) -> No
     assert details == {"reasoning_tokens": num_reasoning}
 
 
-def test_a_tool_call_is_one_whole_delta(model: ChatModel) -> None:
+def calls_in(sent: list[Any]) -> list[Any]:
+    """Every piece of a tool call, in order."""
+    return [call for delta in deltas(sent) for call in delta.get("tool_calls", ())]
+
+
+def test_a_tool_call_is_told_as_it_is_generated(model: ChatModel) -> None:
     prepared = prepare(chat_request(tools=[WEATHER], **NO_THINKING), model)
     sent = run_stream(prepared, events(prepared, "Sure.\n\n" + CALL))
     assert text_of(sent) == "Sure."
-    [calls] = [delta["tool_calls"] for delta in deltas(sent) if "tool_calls" in delta]
-    [call] = calls
+    first, *others = calls_in(sent)
+    assert first.pop("id").startswith("call_")
+    assert first["type"] == "function"
+    assert first["function"]["name"] == "weather"
+    assert len(others) > 2
+    assert all(set(each) == {"index", "function"} for each in others)
+    pieces = [each["function"]["arguments"] for each in (first, *others)]
+    assert "".join(pieces) == '{"city":"Rome"}'
+    assert sent[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_an_unconstrained_tool_call_is_one_whole_delta(model: ChatModel) -> None:
+    free = replace(model, constrain_tools=False)
+    prepared = prepare(chat_request(tools=[WEATHER], **NO_THINKING), free)
+    assert prepared.constraint is None
+    sent = run_stream(prepared, events(prepared, "Sure.\n\n" + CALL))
+    [call] = calls_in(sent)
     assert call.pop("id").startswith("call_")
     assert call == {
         "index": 0,
         "type": "function",
         "function": {"name": "weather", "arguments": '{"city":"Rome"}'},
     }
-    assert sent[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_a_call_that_only_looks_like_one_is_not_told_before_its_end(model: ChatModel) -> None:
+    prepared = prepare(chat_request(tools=[WEATHER], **NO_THINKING), model)
+    tokenizer = prepared.tokenizer
+    spelled = [at for each in "<tool_call>" for at in tokenizer.encode(each)]
+    ids = [*spelled, *tokenizer.encode("\n<function=weather>\n<parameter=city>\nRo")]
+    sent = [TokenEvent(request_id=1, token_ids=[at]) for at in ids]
+    end = TokenEvent(request_id=1, token_ids=[END_ID], finish="stop")
+    told = run_stream(prepared, [*sent, end])
+    assert calls_in(told) == []
+    assert text_of(told) == "<tool_call>\n<function=weather>\n<parameter=city>\nRo"
+
+
+def test_a_streamed_call_cut_at_the_limit_stays_incomplete(model: ChatModel) -> None:
+    prepared = prepare(chat_request(tools=[WEATHER], **NO_THINKING), model)
+    begun = CALL[: CALL.index("Rome") + 3]
+    sent = run_stream(prepared, events(prepared, begun, finish="length"))
+    pieces = [each["function"]["arguments"] for each in calls_in(sent)]
+    assert "".join(pieces) == '{"city":"Rom'
+    assert text_of(sent) == ""
+    assert sent[-1]["choices"][0]["finish_reason"] == "length"
 
 
 def test_an_answer_at_its_limit_ends_with_length(model: ChatModel) -> None:

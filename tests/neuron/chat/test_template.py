@@ -1,8 +1,6 @@
 """Chat templates: what they are given, what they render, how they refuse."""
 
-import json
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,8 +16,6 @@ from cortex.core.openai import Message
 from cortex.neuron.chat import template as template_module
 from cortex.neuron.chat.template import (
     ChatTemplate,
-    template_in_directory,
-    template_in_gguf,
 )
 from tests.support.chat_models import (
     HYBRID_TEMPLATE,
@@ -28,7 +24,6 @@ from tests.support.chat_models import (
     WEATHER,
     tool,
     tools,
-    write_checkpoint,
 )
 
 USER = {"role": "user", "content": "Hi"}
@@ -226,10 +221,10 @@ def test_template_kwargs_must_not_replace_the_messages() -> None:
 
 def test_what_the_source_tells() -> None:
     facts = [
-        (t.supports_tools, t.supports_thinking, t.writes_xml_calls)
+        (t.takes_tools, t.supports_thinking, t.tool_format)
         for t in map(compiled, (HYBRID_TEMPLATE, PLAIN_TEMPLATE, JSON_CALL_TEMPLATE))
     ]
-    assert facts == [(True, True, True), (False, False, False), (True, True, False)]
+    assert facts == [(True, True, "qwen_xml"), (False, False, None), (True, True, "hermes")]
 
 
 def test_tokens_and_the_date_are_at_hand() -> None:
@@ -263,32 +258,3 @@ def test_a_template_that_does_not_compile_is_refused_at_load() -> None:
         compiled("{% for %}")
     with pytest.raises(CheckpointError, match="is over"):
         compiled("x" * (1 << 20) + "x")
-
-
-def test_the_template_file_goes_before_the_config(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, template="from config", template_in_config=True)
-    assert template_in_directory(tmp_path) == "from config"
-    (tmp_path / "chat_template.jinja").write_text("from file")
-    assert template_in_directory(tmp_path) == "from file"
-
-
-def test_of_named_templates_the_default_is_taken(tmp_path: Path) -> None:
-    named = [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes"}]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert template_in_directory(tmp_path) == "yes"
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named[:1]}))
-    assert template_in_directory(tmp_path) == "no"
-
-
-def test_a_checkpoint_may_have_no_template(tmp_path: Path) -> None:
-    assert template_in_directory(tmp_path) is None
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert template_in_directory(tmp_path) is None
-    assert template_in_gguf({}) is None
-    assert template_in_gguf({"tokenizer.chat_template": "x"}) == "x"
-
-
-def test_a_damaged_template_config_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 5}')
-    with pytest.raises(CheckpointError, match="chat_template"):
-        template_in_directory(tmp_path)
