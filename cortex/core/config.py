@@ -70,6 +70,19 @@ class Eviction(_Config, frozen=True):
     defrag_after_cycles: Annotated[int, Meta(ge=0)] = 0
 
 
+class ResponsesConfig(_Config, frozen=True):
+    """`[responses]`: what is kept of `/v1/responses`, what was used longest ago leaving first.
+
+    Attributes:
+        store_file: an SQLite database; None keeps responses until the gateway ends.
+    """
+
+    store_file: str | None = None
+    max_count: Count = 4096
+    max_mb: Count = 256
+    max_age_s: Positive = 2_592_000.0  # 30 days
+
+
 class NeuronAddress(_Config, frozen=True):
     """`[[neurons]]`: one GPU host.
 
@@ -101,6 +114,7 @@ class GatewayConfig(_Config, Trust, frozen=True):
     models_config: str | None = None
     entitlements: Entitlements = Entitlements()
     limits: LimitsConfig = LimitsConfig()
+    responses: ResponsesConfig = ResponsesConfig()
     upstream: Upstream = Upstream()
 
     def __post_init__(self) -> None:
@@ -266,8 +280,9 @@ _REFUSED_NEURON = {
 def load_gateway_config(path: Path | None) -> GatewayConfig:
     """Read cortex.toml (None: defaults) and apply `CORTEX_*` overrides.
 
-    `models_config` comes back as an absolute path, relative ones being taken from the file's
-    own directory; without the key, a models.toml beside the file is used if there is one.
+    `models_config` and `responses.store_file` come back as absolute paths, relative ones being
+    taken from the file's own directory; without `models_config`, a models.toml beside the file is
+    used if there is one.
 
     Raises:
         ConfigError: the file or a key cannot be used.
@@ -277,6 +292,7 @@ def load_gateway_config(path: Path | None) -> GatewayConfig:
     config = msgspec.structs.replace(
         config,
         entitlements=config.entitlements.without_plain_keys(),
+        responses=_settled_responses(config.responses, base, str(path or "environment")),
         **settle_trust(config, base, str(path or "environment")),
     )
     if path is None:
@@ -285,6 +301,20 @@ def load_gateway_config(path: Path | None) -> GatewayConfig:
     if config.models_config is None and not beside.exists():
         return config
     return msgspec.structs.replace(config, models_config=str(beside.absolute()))
+
+
+def _settled_responses(responses: ResponsesConfig, base: Path, where: str) -> ResponsesConfig:
+    """Return it with `store_file` as an absolute path."""
+    if responses.store_file is None:
+        return responses
+    file = Path(_absolute(base, responses.store_file))
+    if not file.parent.is_dir() or file.is_dir():
+        raise ConfigError(
+            f"{where}: responses.store_file: {file} cannot be a file: {file.parent} is no folder, "
+            "or it is a folder itself; make the folder, or name another file",
+            param="responses.store_file",
+        )
+    return msgspec.structs.replace(responses, store_file=str(file))
 
 
 def load_neuron_config(path: Path | None) -> NeuronConfig:

@@ -106,6 +106,12 @@ class ContextLengthExceededError(BadRequestError):
     code = "context_length_exceeded"
 
 
+class PreviousResponseNotFoundError(BadRequestError):
+    """The response that a request goes on from is not kept, or is another key's."""
+
+    code = "previous_response_not_found"
+
+
 class TemplateRenderError(BadRequestError):
     """The model's chat template refused the messages."""
 
@@ -157,6 +163,22 @@ class UnknownRequestError(CortexError):
 
     status = 404
     code = "unknown_request"
+    kind = "invalid_request_error"
+
+
+class ResponseNotFoundError(CortexError):
+    """No response of that id is kept for this key."""
+
+    status = 404
+    code = "response_not_found"
+    kind = "invalid_request_error"
+
+
+class ItemNotFoundError(CortexError):
+    """A request refers to an item that is not kept for this key."""
+
+    status = 404
+    code = "item_not_found"
     kind = "invalid_request_error"
 
 
@@ -237,6 +259,12 @@ class LimitsUnavailableError(ServiceUnavailableError):
     """The store of rates and budgets does not answer."""
 
     code = "limits_unavailable"
+
+
+class ResponseStoreError(ServiceUnavailableError):
+    """The store of responses does not answer."""
+
+    code = "response_store_unavailable"
 
 
 class QueueFullError(ServiceUnavailableError):

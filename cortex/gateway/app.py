@@ -35,6 +35,8 @@ from cortex.gateway.proxy import Proxy
 from cortex.gateway.rates import RateBook
 from cortex.gateway.reload import Reloader
 from cortex.gateway.request_ids import RequestIds
+from cortex.gateway.response_store import open_store
+from cortex.gateway.responses import ResponsesHandlers
 from cortex.gateway.routing import Routing
 from cortex.gateway.steward import Steward
 from cortex.gateway.watch import Watch
@@ -86,7 +88,11 @@ async def open_apps(
     live.on_change(lambda: limiter.reload(live.config.limits))
     failure: Exception | None = None
     routing = Routing(live, fleet, RateBook(), clock=clock)
-    async with open_client(settings.connect_s, config) as client, asyncio.TaskGroup() as tasks:
+    async with (
+        open_store(lambda: live.config.responses, wall_clock) as store,
+        open_client(settings.connect_s, config) as client,
+        asyncio.TaskGroup() as tasks,
+    ):
         live.on_change(lambda: client.show_secret(live.config.fleet_secret))
         watch = Watch(client, fleet, live, tasks=tasks, clock=clock)
         watch.use(config.neurons)
@@ -118,27 +124,32 @@ async def open_apps(
         steward = Steward(duties, lambda: live.settings.poll_s)
         stewarding = tasks.create_task(steward.run(), name="steward")
         decisions = Decisions()
+        intake = Intake(live, fleet)
+        dispatcher = Dispatcher(
+            live=live,
+            fleet=fleet,
+            routing=routing,
+            loads=loads,
+            proxy=Proxy(client, fleet, live),
+            client=client,
+            metrics=metrics,
+            decisions=decisions,
+            poke=watch.poke,
+            clock=clock,
+        )
         handlers = Handlers(
             live=live,
             fleet=fleet,
             routing=routing,
             decisions=decisions,
-            dispatcher=Dispatcher(
-                live=live,
-                fleet=fleet,
-                routing=routing,
-                loads=loads,
-                proxy=Proxy(client, fleet, live),
-                client=client,
-                metrics=metrics,
-                decisions=decisions,
-                poke=watch.poke,
-                clock=clock,
-            ),
+            dispatcher=dispatcher,
             metrics=metrics,
-            intake=Intake(live, fleet),
+            intake=intake,
         )
-        routes = [*handlers.routes(), *Management(fleet).routes()]
+        responses = ResponsesHandlers(
+            live=live, dispatcher=dispatcher, intake=intake, store=store, wall_clock=wall_clock
+        )
+        routes = [*handlers.routes(), *responses.routes(), *Management(fleet).routes()]
         try:
             await watch.first_round()
             yield GatewayApps(

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from cortex.core import anthropic, completions, openai
+from cortex.core import anthropic, completions, openai, responses
 from cortex.core.build import version
 from cortex.gateway.decisions import WhyReport
 from cortex.gateway.plans import PlanReport
@@ -70,6 +70,39 @@ OPERATIONS = (
         body=completions.CompletionRequest,
         answers=(completions.TextCompletion,),
         streams=True,
+    ),
+    Operation(
+        method="POST",
+        path="/v1/responses",
+        summary="Answer a conversation, and keep the answer",
+        body=responses.ResponsesRequest,
+        answers=(responses.Response,),
+        streams=True,
+    ),
+    Operation(
+        method="GET",
+        path="/v1/responses/{response_id}",
+        summary="A response that is kept or being made",
+        answers=(responses.Response,),
+    ),
+    Operation(
+        method="DELETE",
+        path="/v1/responses/{response_id}",
+        summary="Forget a response",
+        answers=(responses.Deleted,),
+    ),
+    Operation(
+        method="POST",
+        path="/v1/responses/{response_id}/cancel",
+        summary="End a response that is being streamed",
+        answers=(responses.Response,),
+    ),
+    Operation(
+        method="GET",
+        path="/v1/responses/{response_id}/input_items",
+        summary="The input of a response that is kept",
+        query=responses.ItemsQuery,
+        answers=(responses.ItemPage,),
     ),
     Operation(
         method="POST",

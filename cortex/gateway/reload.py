@@ -26,6 +26,7 @@ _RESTART_KEYS = (
     "gateway.metrics_listen",
     "gateway.connect_s",
     "gateway.drain_s",
+    "responses.store_file",
     "tls_cert",
     "tls_key",
     "tls_ca",

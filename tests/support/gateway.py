@@ -13,7 +13,13 @@ import aiohttp
 import msgspec
 
 from cortex.core.catalogue import Catalogue
-from cortex.core.config import Eviction, GatewayConfig, GatewayListen, NeuronAddress
+from cortex.core.config import (
+    Eviction,
+    GatewayConfig,
+    GatewayListen,
+    NeuronAddress,
+    ResponsesConfig,
+)
 from cortex.core.entitlements import ApiKey, Entitlements, LimitsConfig
 from cortex.core.serve import Listener, serve
 from cortex.core.trust import Trust
@@ -83,6 +89,7 @@ async def run_gateway(
     limits: LimitsConfig | None = None,
     wall_clock: Callable[[], float] = unix_s,
     source: Path | None = None,
+    responses: ResponsesConfig | None = None,
     **settings: Any,
 ) -> AsyncIterator[RunningGateway]:
     """Serve a gateway over nodes (name: endpoint); `settings` are those of `[gateway]`.
@@ -101,6 +108,7 @@ async def run_gateway(
             require_auth=bool(keys), keys=[ApiKey(key=key, account_id="test") for key in keys]
         ),
         limits=limits or LimitsConfig(),
+        responses=responses or ResponsesConfig(),
         **msgspec.structs.asdict(trust),
     )
     shutdown = asyncio.Event()
