@@ -16,6 +16,7 @@ STRUCTS = [
     config.GatewayConfig,
     config.GatewayListen,
     config.Eviction,
+    config.ResponsesConfig,
     config.NeuronAddress,
     entitlements.Entitlements,
     entitlements.ApiKey,
@@ -32,7 +33,16 @@ STRUCTS = [
     command.CommandModel,
     catalogue.CatalogueModel,
 ]
-TABLES = {"limits", "gateway", "eviction", "neurons", "entitlements", "keys", "upstream"} | {
+TABLES = {
+    "limits",
+    "gateway",
+    "responses",
+    "eviction",
+    "neurons",
+    "entitlements",
+    "keys",
+    "upstream",
+} | {
     "harnesses",
     "default_models",
     "harness",

@@ -48,6 +48,14 @@ def test_an_address_that_is_none_is_found(tmp_path: Path):
     assert "write host:port" in verdict.error
 
 
+def test_a_file_of_kept_responses_in_a_folder_that_is_not_there_is_found(tmp_path: Path):
+    path = tmp_path / "cortex.toml"
+    path.write_text('[responses]\nstore_file = "no/kept.sqlite"')
+    verdict = check_file(path)
+    assert (verdict.ok, verdict.key) == (False, "responses.store_file")
+    assert "make the folder" in (verdict.error or "")
+
+
 def test_what_is_no_toml_tells_the_line(tmp_path: Path):
     verdict = check_file(write(tmp_path / "models.toml", "[[models]\n"))
     assert not verdict.ok

@@ -166,6 +166,21 @@ def test_without_a_models_config_key_the_file_beside_is_used_if_there_is_one(tmp
     assert load_gateway_config(path).models_config == str(tmp_path / "models.toml")
 
 
+def test_the_file_of_kept_responses_is_taken_from_the_files_own_directory(tmp_path: Path):
+    path = write(tmp_path / "cortex.toml", '[responses]\nstore_file = "kept.sqlite"\nmax_mb = 1')
+    responses = load_gateway_config(path).responses
+    assert responses.store_file == str(tmp_path / "kept.sqlite")
+    assert (responses.max_count, responses.max_mb, responses.max_age_s) == (4096, 1, 2592000.0)
+
+
+@pytest.mark.parametrize("name", ["no/kept.sqlite", "."])
+def test_a_file_of_kept_responses_that_cannot_be_one_is_refused(tmp_path: Path, name: str):
+    path = write(tmp_path / "cortex.toml", f'[responses]\nstore_file = "{name}"')
+    with pytest.raises(ConfigError, match=r"responses\.store_file: .* cannot be a file") as caught:
+        load_gateway_config(path)
+    assert caught.value.param == "responses.store_file"
+
+
 def test_environment_overrides_single_keys_and_leaves_other_variables_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
