@@ -12,17 +12,15 @@ from typing import Literal
 import msgspec
 
 from cortex.core.chunks import (
-    NOT_DECODABLE,
     CallPiece,
     ChoicePiece,
-    decode_chunk,
+    ChunkTranslator,
     is_new_call,
     is_whole_object,
     read_logprobs,
-    told_error,
 )
 from cortex.core.errors import CortexError, UpstreamMalformedError
-from cortex.core.openai import KEEPALIVE, TokenLogprob, read_usage_comment
+from cortex.core.openai import KEEPALIVE, TokenLogprob, Usage
 from cortex.core.response_draft import CANCELLED, Draft, custom_input
 from cortex.core.responses import (
     IncompleteDetails,
@@ -35,7 +33,6 @@ from cortex.core.responses import (
     Response,
     SummaryText,
 )
-from cortex.core.sse import SseEvent, SseSplitter
 from cortex.core.tool_choice import MAX_TOOLS
 
 # Of text and arguments in one answer: each item is told whole at its end.
@@ -75,27 +72,24 @@ class _Open:
         return "".join(self.pieces)
 
 
-class ResponseStream:
+class ResponseStream(ChunkTranslator):
     """Turns the bytes of one OpenAI stream into those of one Responses stream.
 
-    Call `feed` with what arrives and `end` after the source's end, then `conclude`; or `fail` when
-    it broke. After the last event nothing more comes out.
+    After `end` or `cancel` the last event is still to come: `conclude` returns it.
     """
 
     def __init__(self, draft: Draft) -> None:
+        super().__init__(KEEPALIVE)
         self._draft = draft
-        self._splitter = SseSplitter()
         self._sequence = 0
         self._started = False
         self._state: Literal["open", "ended", "cancelled", "closed"] = "open"
-        self._fault: UpstreamMalformedError | None = None
         self._text: _Open | None = None
         self._calls: list[_Open] = []
         self._told_ids: set[str] = set()
         self._done: dict[int, OutputItem] = {}
         self._next_index = 0
         self._num_held_chars = 0
-        self._finish: str | None = None
 
     @property
     def is_open(self) -> bool:
@@ -122,47 +116,6 @@ class ResponseStream:
             return self._draft.response("in_progress")
         return self._draft.ended(self._finish, is_stored=self._draft.request.wants_store)
 
-    def feed(self, data: bytes) -> bytes:
-        """Return the events that arrived bytes become; often none.
-
-        Raises:
-            UpstreamMalformedError: they are not an OpenAI chunk stream. What was good before the
-                fault comes out first; the error is then raised by the next call.
-        """
-        if self._state != "open":
-            return b""
-        if self._fault is not None:
-            raise self._fault
-        out: list[bytes] = []
-        try:
-            for event in self._splitter.feed(data):
-                self._translate(event, out)
-        except UpstreamMalformedError as exc:
-            if not out:
-                raise
-            self._fault = exc
-        return b"".join(out)
-
-    def end(self) -> bytes:
-        """Return what ends the items, or an error if the source stopped before it was done."""
-        if self._state != "open":
-            return b""
-        fault = self._fault
-        if fault is None and self._finish is None:
-            fault = UpstreamMalformedError("the answer stopped before it was complete")
-        elif fault is None and any(call.index is None for call in self._calls):
-            fault = UpstreamMalformedError("the answer has a tool call without a name")
-        if fault is not None:
-            return self.fail(fault)
-        out: list[bytes] = []
-        is_cut = self._finish in ("length", "content_filter")
-        under_way = [each for each in self._items() if not each.is_over]
-        for each in under_way:
-            is_last = each is under_way[-1]
-            self._close(each, out, "incomplete" if is_cut and is_last else "completed")
-        self._state = "ended"
-        return b"".join(out)
-
     def conclude(self, *, is_stored: bool) -> bytes:
         """Return the last event, after `end` or `cancel`."""
         if self._state == "cancelled":
@@ -187,7 +140,7 @@ class ResponseStream:
         if self._state == "closed":
             return b""
         out: list[bytes] = []
-        self._start(out)
+        self._start("", out)
         self._cut()
         self._state = "closed"
         told = {"code": exc.code, "message": exc.message, "param": exc.param}
@@ -206,34 +159,24 @@ class ResponseStream:
                 self._done[each.index] = self._item(each, "incomplete")
         self._collect()
 
-    def _translate(self, event: SseEvent, out: list[bytes]) -> None:
-        if self._state != "open":
-            return
-        if event.is_comment:
-            usage = read_usage_comment(event.data)
-            if usage is None:
-                out.append(KEEPALIVE)
-            else:
-                self._draft.take_usage(usage)
-            return
-        if event.data == b"[DONE]":
-            out.append(self.end())
-            return
-        try:
-            chunk = decode_chunk(event.data)
-        except NOT_DECODABLE as exc:
-            error = told_error(event)
-            if error is None:
-                raise UpstreamMalformedError(f"an event is not a chat chunk: {exc}") from exc
-            out.append(self.fail(error))
-            return
-        self._draft.take_usage(chunk.usage)
-        self._start(out)
-        for choice in chunk.choices:
-            if not choice.index:
-                self._take(choice, out)
+    def _is_over(self) -> bool:
+        return self._state != "open"
 
-    def _start(self, out: list[bytes]) -> None:
+    def _has_nameless_call(self) -> bool:
+        return any(call.index is None for call in self._calls)
+
+    def _note_usage(self, usage: Usage) -> None:
+        self._draft.take_usage(usage)
+
+    def _close(self, out: list[bytes]) -> None:
+        is_cut = self._finish in ("length", "content_filter")
+        under_way = [each for each in self._items() if not each.is_over]
+        for each in under_way:
+            is_last = each is under_way[-1]
+            self._end_item(each, out, "incomplete" if is_cut and is_last else "completed")
+        self._state = "ended"
+
+    def _start(self, completion_id: str, out: list[bytes]) -> None:
         if self._started:
             return
         self._started = True
@@ -317,7 +260,7 @@ class ResponseStream:
         """Begin an item: what it follows is over, calls only where they are complete."""
         for each in self._items():
             if not each.is_over and (each.kind != "call" or is_whole_object(each.pieces)):
-                self._close(each, out, "completed")
+                self._end_item(each, out, "completed")
         index = item.index = self._next_index
         self._next_index += 1
         if item.kind == "call":
@@ -359,7 +302,7 @@ class ResponseStream:
         if text and not call.is_custom:
             self._delta(b"response.function_call_arguments.delta", call, text, out)
 
-    def _close(self, item: _Open, out: list[bytes], status: ItemStatus) -> None:
+    def _end_item(self, item: _Open, out: list[bytes], status: ItemStatus) -> None:
         item.is_over = True
         assert item.index is not None
         text = item.text

@@ -15,17 +15,14 @@ import msgspec
 
 from cortex.core import anthropic
 from cortex.core.chunks import (
-    NOT_DECODABLE,
     CallPiece,
     ChoicePiece,
-    decode_chunk,
+    ChunkTranslator,
     is_new_call,
     is_whole_object,
-    told_error,
 )
 from cortex.core.errors import CortexError, UpstreamMalformedError
-from cortex.core.openai import read_usage_comment
-from cortex.core.sse import SseEvent, SseSplitter
+from cortex.core.openai import Usage
 from cortex.core.tool_choice import MAX_TOOLS
 from cortex.core.translate import SIGNATURE, message_id, new_tool_id, stop_reason, usage_of
 
@@ -64,66 +61,25 @@ class _Block:
         return is_whole_object(self.pieces)
 
 
-class StreamTranslator:
+class StreamTranslator(ChunkTranslator):
     """Turns the bytes of one OpenAI stream into those of one Anthropic stream.
-
-    Call `feed` with what arrives, `end` after the source's end, or `fail` when it broke; after
-    the first `fail` or the end of the message nothing more comes out.
 
     Args:
         model: the name the caller asked for.
     """
 
     def __init__(self, model: str) -> None:
+        super().__init__(anthropic.PING)
         self._model = model
-        self._splitter = SseSplitter()
         self._started = False
         self._closed = False
-        self._fault: UpstreamMalformedError | None = None
         self._next_index = 0
         self._queue: deque[_Block] = deque()
         self._calls: list[_Block] = []
         self._sent_ids: set[str] = set()
         self._num_held_chars = 0
-        self._finish: str | None = None
         self._stop_string: str | None = None
         self._usage = anthropic.Usage()
-
-    def feed(self, data: bytes) -> bytes:
-        """Return the events that arrived bytes become; often none.
-
-        Raises:
-            UpstreamMalformedError: they are not an OpenAI chunk stream. What was good before the
-                fault comes out first; the error is then raised by the next call.
-        """
-        if self._closed:
-            return b""
-        if self._fault is not None:
-            raise self._fault
-        out: list[bytes] = []
-        try:
-            for event in self._splitter.feed(data):
-                self._translate(event, out)
-        except UpstreamMalformedError as exc:
-            if not out:
-                raise
-            self._fault = exc
-        return b"".join(out)
-
-    def end(self) -> bytes:
-        """Return the stream's last events; an error if its source stopped before it was done."""
-        if self._closed:
-            return b""
-        fault = self._fault
-        if fault is None and self._finish is None:
-            fault = UpstreamMalformedError("the answer stopped before it was complete")
-        elif fault is None and not all(block.name for block in self._calls):
-            fault = UpstreamMalformedError("the answer has a tool call without a name")
-        if fault is not None:
-            return self.fail(fault)
-        out: list[bytes] = []
-        self._close(out)
-        return b"".join(out)
 
     def fail(self, exc: CortexError) -> bytes:
         """Return the error event that ends the stream."""
@@ -132,34 +88,14 @@ class StreamTranslator:
         self._closed = True
         return anthropic.error_event(exc)
 
-    def _translate(self, event: SseEvent, out: list[bytes]) -> None:
-        if self._closed:
-            return
-        if event.is_comment:
-            usage = read_usage_comment(event.data)
-            if usage is None:
-                out.append(anthropic.PING)
-            else:
-                self._usage = usage_of(usage)
-            return
-        if event.data == b"[DONE]":
-            out.append(self.end())
-            return
-        try:
-            chunk = decode_chunk(event.data)
-        except NOT_DECODABLE as exc:
-            error = told_error(event)
-            if error is None:
-                raise UpstreamMalformedError(f"an event is not a chat chunk: {exc}") from exc
-            out.append(self.fail(error))
-            return
-        if chunk.usage is not None:
-            self._usage = usage_of(chunk.usage)
-        if not self._started:
-            out.append(self._start(chunk.id or ""))
-        for choice in chunk.choices:
-            if not choice.index:
-                self._take(choice, out)
+    def _is_over(self) -> bool:
+        return self._closed
+
+    def _has_nameless_call(self) -> bool:
+        return not all(block.name for block in self._calls)
+
+    def _note_usage(self, usage: Usage) -> None:
+        self._usage = usage_of(usage)
 
     def _take(self, choice: ChoicePiece, out: list[bytes]) -> None:
         delta = choice.delta
@@ -238,12 +174,14 @@ class StreamTranslator:
                 return
             self._stop_block(out)
 
-    def _start(self, completion_id: str) -> bytes:
+    def _start(self, completion_id: str, out: list[bytes]) -> None:
+        if self._started:
+            return
         self._started = True
         message = anthropic.MessageResponse(
             id=message_id(completion_id), model=self._model, content=[], usage=self._usage
         )
-        return _event(b"message_start", anthropic.MessageStart(message=message))
+        out.append(_event(b"message_start", anthropic.MessageStart(message=message)))
 
     def _open_block(self, block: _Block, out: list[bytes]) -> None:
         """Send a block's start, and what it has to say so far."""
