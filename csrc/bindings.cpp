@@ -20,7 +20,6 @@
 #include <initializer_list>
 #include <limits>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -46,7 +45,46 @@ using Shape = std::initializer_list<int64_t>;
 
 constexpr int64_t kAny = -1;
 
-std::string name_of(ScalarType type) {
+// Parts of messages. They are put into words only where a check fails: every call makes dozens of
+// checks. No iostreams, which crash where a compiler links its own C++ library into this one.
+struct Shaped {
+    const Shape& sizes;
+};
+struct SizesOf {
+    const Tensor& tensor;
+};
+struct StridesOf {
+    const Tensor& tensor;
+};
+
+template <class Sizes>
+std::string text_of_sizes(const Sizes& sizes) {
+    std::string text = "(";
+    const char* comma = "";
+    for (int64_t size : sizes) {
+        text += comma;
+        text += size == kAny ? std::string("*") : std::to_string(size);
+        comma = ", ";
+    }
+    return text + ")";
+}
+
+std::string text_of(const char* text) {
+    return text;
+}
+std::string text_of(int64_t number) {
+    return std::to_string(number);
+}
+std::string text_of(Shaped shape) {
+    return text_of_sizes(shape.sizes);
+}
+std::string text_of(SizesOf of) {
+    return text_of_sizes(of.tensor.sizes());
+}
+std::string text_of(StridesOf of) {
+    return text_of_sizes(of.tensor.strides());
+}
+std::string text_of(ScalarType type) {
     switch (type) {
         case ScalarType::Float:
             return "torch.float32";
@@ -69,24 +107,6 @@ std::string name_of(ScalarType type) {
     }
 }
 
-template <class Sizes>
-std::string text_of(const Sizes& sizes) {
-    std::ostringstream text;
-    text << '(';
-    const char* comma = "";
-    for (int64_t size : sizes) {
-        text << comma;
-        if (size == kAny) {
-            text << '*';
-        } else {
-            text << size;
-        }
-        comma = ", ";
-    }
-    text << ')';
-    return text.str();
-}
-
 // Checks the arguments of one call of one operator; every message begins with its name.
 class Arguments {
   public:
@@ -96,10 +116,10 @@ class Arguments {
     template <class... Parts>
     void require(bool holds, const Parts&... parts) const {
         if (holds) return;
-        std::ostringstream text;
-        text << op_ << ": ";
-        (text << ... << parts);
-        throw std::runtime_error(text.str());
+        std::string text = op_;
+        text += ": ";
+        ((text += text_of(parts)), ...);
+        throw std::runtime_error(text);
     }
 
     // The shape (kAny matches all) and the device.
@@ -109,21 +129,20 @@ class Arguments {
             int64_t i = 0;
             for (int64_t size : shape) same &= size == kAny || size == t.size(i), ++i;
         }
-        require(same, name, " must be ", text_of(shape), ", got ", text_of(t.sizes()));
+        require(same, name, " must be ", Shaped{shape}, ", got ", SizesOf{t});
         require(t.is_cuda() == is_cuda_ && t.get_device_index() == index_, name,
                 " is on another device than the first argument");
     }
 
     void typed(const Tensor& t, const char* name, ScalarType type) const {
-        require(t.scalar_type() == type, name, " must be ", name_of(type), ", got ",
-                name_of(t.scalar_type()));
+        require(t.scalar_type() == type, name, " must be ", type, ", got ", t.scalar_type());
     }
 
     // A dense tensor of one type.
     void dense(const Tensor& t, const char* name, Shape shape, ScalarType type) const {
         shaped(t, name, shape);
         typed(t, name, type);
-        require(t.is_contiguous(), name, " must be contiguous, got strides ", text_of(t.strides()));
+        require(t.is_contiguous(), name, " must be contiguous, got strides ", StridesOf{t});
     }
 
     // A tensor whose tokens (the first `token_dims` dimensions) may lie apart; returns the elements
@@ -135,7 +154,7 @@ class Arguments {
         int64_t dense = 1;
         for (int64_t i = t.dim() - 1; i >= token_dims; --i) {
             require(t.size(i) == 1 || t.stride(i) == dense, name,
-                    " must be dense but for its tokens, got strides ", text_of(t.strides()));
+                    " must be dense but for its tokens, got strides ", StridesOf{t});
             dense *= t.size(i);
         }
         int64_t stride = dense;
@@ -144,7 +163,7 @@ class Arguments {
             if (t.size(i) != 1) {
                 if (tokens == 1) stride = t.stride(i);
                 require(t.stride(i) == stride * tokens, name,
-                        " must have its tokens evenly apart, got strides ", text_of(t.strides()));
+                        " must have its tokens evenly apart, got strides ", StridesOf{t});
                 tokens *= t.size(i);
             }
         }
@@ -162,7 +181,7 @@ class Arguments {
                 return kGdnBFloat16;
             default:
                 require(false, name, " must be float32, float16 or bfloat16, got ",
-                        name_of(t.scalar_type()));
+                        t.scalar_type());
                 return -1;
         }
     }
@@ -170,16 +189,16 @@ class Arguments {
     // A pool of states (slots, v_heads, v_dim, k_dim), or snapshots of the same sizes.
     int32_t state_type(const Tensor& states) const {
         require(states.dim() == 4, "states must be (slots, v_heads, v_dim, k_dim), got ",
-                text_of(states.sizes()));
+                SizesOf{states});
         require(states.is_contiguous(), "states must be contiguous, got strides ",
-                text_of(states.strides()));
+                StridesOf{states});
         ScalarType type = states.scalar_type();
         require(type == ScalarType::Float || type == ScalarType::BFloat16,
-                "states must be float32 or bfloat16, got ", name_of(type));
+                "states must be float32 or bfloat16, got ", type);
         for (int64_t i : {2, 3}) {
             require(states.size(i) >= 1 && states.size(i) <= kGdnMaxHeadDim,
                     "head dims go from 1 to ", int64_t{kGdnMaxHeadDim}, ", states are ",
-                    text_of(states.sizes()));
+                    SizesOf{states});
         }
         shaped(states, "states", {kAny, kAny, kAny, kAny});
         return type == ScalarType::Float ? kGdnFloat32 : kGdnBFloat16;
@@ -441,7 +460,7 @@ Tensor gdn_gated_norm(Tensor x, Tensor gate, Tensor weight, double eps) {
     given.dense(x, "x", {kAny, kAny, kAny}, x.scalar_type());
     const int64_t tokens = x.size(0), heads = x.size(1), v_dim = x.size(2);
     given.require(v_dim >= 1 && v_dim <= kGdnMaxHeadDim, "head dims go from 1 to ",
-                  int64_t{kGdnMaxHeadDim}, ", x is ", text_of(x.sizes()));
+                  int64_t{kGdnMaxHeadDim}, ", x is ", SizesOf{x});
     args.gate_stride = given.strided(gate, "gate", {tokens, heads, v_dim}, x.scalar_type());
     given.dense(weight, "weight", {v_dim}, ScalarType::Float);
     Tensor out = torch::stable::new_empty(x, x.sizes());
@@ -467,7 +486,7 @@ GdnStep step_arguments(const Arguments& given, const Tensor& mixed, const Tensor
     const int64_t rows = mixed.size(0), conv_dim = mixed.size(mixed.dim() - 1);
     const int64_t qk_dim = conv_dim - v_heads * v_dim;
     given.require(qk_dim > 0 && qk_dim % (2 * k_dim) == 0, "mixed has ", conv_dim,
-                  " channels, which are not key heads for states of ", text_of(states.sizes()));
+                  " channels, which are not key heads for states of ", SizesOf{states});
     args.num_k_heads = given.heads(qk_dim / (2 * k_dim), v_heads);
     if (draft.has_value()) {
         const int64_t t = *draft;
@@ -591,7 +610,7 @@ Tensor gdn_prefill(Tensor qkv, Tensor g, Tensor beta, Tensor states, Tensor slot
     const int64_t stride = given.strided(qkv, "qkv", {tokens, conv_dim}, qkv.scalar_type());
     const int64_t qk_dim = conv_dim - v_heads * v_dim;
     given.require(qk_dim > 0 && qk_dim % (2 * k_dim) == 0, "qkv has ", conv_dim,
-                  " channels, which are not key heads for states of ", text_of(states.sizes()));
+                  " channels, which are not key heads for states of ", SizesOf{states});
     given.require(tokens <= std::numeric_limits<int32_t>::max(), "too many tokens: ", tokens);
     args.num_k_heads = given.heads(qk_dim / (2 * k_dim), v_heads);
     given.dense(g, "g", {tokens, v_heads}, ScalarType::Float);

@@ -71,6 +71,14 @@ __device__ __forceinline__ float2 unpack2(uint32_t packed) {
     }
 }
 
+// To a few parts in a million.
+__device__ __forceinline__ float fast_exp(float x) {
+    return __expf(x);
+}
+__device__ __forceinline__ float fast_divide(float x, float y) {
+    return __fdividef(x, y);
+}
+
 // A place in shared memory, to which offsets in bytes can be added: half the registers of a pointer.
 using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress shared_address(const void* p) {

@@ -24,39 +24,53 @@ __global__ void fused_gdn_gating_kernel(GdnGating p) {
     p.g[at] = -expf(p.a_log[head]) * softplus(a + p.dt_bias[head]);
 }
 
-// x / sqrt(mean x^2 + eps) * weight * silu(gate), one warp per (token, head). A lane owns kCount
-// neighbouring elements in every 32 * kCount.
-template <class T, int kCount>
+// x / sqrt(mean x^2 + eps) * weight * silu(gate). A warp takes kNormRows rows, each a value head of a
+// token, and asks for all of them before it uses one. A lane owns kCount neighbouring elements in
+// every 32 * kCount, of which v_dim has kSteps.
+constexpr int kNormRows = 4;
+template <class T, int kCount, int kSteps>
 __global__ void gdn_gated_norm_kernel(GdnNorm p) {
-    constexpr int kSteps = kGdnMaxHeadDim / (32 * kCount);
-    const int64_t row = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 32;
-    if (row >= p.num_tokens * p.num_v_heads) return;
+    const int64_t warp = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 32;
+    const int64_t first = warp * kNormRows, num_rows = p.num_tokens * p.num_v_heads;
     const int lane = threadIdx.x % 32;
-    const int64_t token = row / p.num_v_heads;
-    const T* x = static_cast<const T*>(p.x) + row * p.v_dim;
-    const T* gate =
-        static_cast<const T*>(p.gate) + token * p.gate_stride + row % p.num_v_heads * p.v_dim;
-    float values[kSteps][kCount], squares = 0;
+    Packed<T, kCount> values[kNormRows][kSteps], gates[kNormRows][kSteps];
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-        const int at = (step * 32 + lane) * kCount;
-        if (at >= p.v_dim) continue;
-        load<T, kCount>(x + at, values[step]);
+    for (int r = 0; r < kNormRows; ++r) {
+        const int64_t row = min(first + r, num_rows - 1);
+        const int64_t token = row / p.num_v_heads, head = row - token * p.num_v_heads;
+        const T* x = static_cast<const T*>(p.x) + row * p.v_dim;
+        const T* gate = static_cast<const T*>(p.gate) + token * p.gate_stride + head * p.v_dim;
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) squares += values[step][i] * values[step][i];
-    }
-    const float scale = rsqrtf(warp_sum(squares) / static_cast<float>(p.v_dim) + p.eps);
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-        const int at = (step * 32 + lane) * kCount;
-        if (at >= p.v_dim) continue;
-        float gates[kCount];
-        load<T, kCount>(gate + at, gates);
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            values[step][i] *= scale * p.weight[at + i] * silu(gates[i]);
+        for (int step = 0; step < kSteps; ++step) {
+            const int at = (step * 32 + lane) * kCount;
+            values[r][step] = {}, gates[r][step] = {};
+            if (at >= p.v_dim) continue;
+            values[r][step] = load_packed<T, kCount>(x + at);
+            gates[r][step] = load_packed<T, kCount>(gate + at);
         }
-        store<T, kCount>(static_cast<T*>(p.out) + row * p.v_dim + at, values[step]);
+    }
+#pragma unroll
+    for (int r = 0; r < kNormRows; ++r) {
+        if (first + r >= num_rows) return;
+        float x[kSteps][kCount], squares = 0;
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            widen<T, kCount>(values[r][step], x[step]);
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) squares += x[step][i] * x[step][i];
+        }
+        const float scale = rsqrtf(warp_sum(squares) / static_cast<float>(p.v_dim) + p.eps);
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            const int at = (step * 32 + lane) * kCount;
+            if (at >= p.v_dim) continue;
+            float gate[kCount], weight[kCount];
+            widen<T, kCount>(gates[r][step], gate);
+            load<float, kCount>(p.weight + at, weight);
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) x[step][i] *= scale * weight[i] * silu<T>(gate[i]);
+            store<T, kCount>(static_cast<T*>(p.out) + (first + r) * p.v_dim + at, x[step]);
+        }
     }
 }
 
@@ -93,6 +107,7 @@ __device__ __forceinline__ bool is_held(int64_t slot, int64_t num_slots) {
 
 constexpr int kConvThreads = 128;
 constexpr int kConvTokens = 32;
+constexpr int kConvGroup = 8;  // tokens that are asked for together
 
 // The taps of kCount neighbouring channels and the inputs before the next one, oldest first. A
 // convolution of fewer than kTaps taps has zeros for its oldest.
@@ -103,6 +118,19 @@ struct ConvChannels {
 
     __device__ void load_taps(const GdnConv& p, int64_t channel) {
         const T* weight = static_cast<const T*>(p.weight) + channel * p.width;
+        if (kCount == 4 && kTaps == 4 && p.width == 4) {
+            Packed<T, 4> rows[kCount];
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) rows[i] = load_packed<T, 4>(weight + 4 * i);
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+                float row[4];
+                widen<T, 4>(rows[i], row);
+#pragma unroll
+                for (int tap = 0; tap < kTaps; ++tap) taps[tap][i] = row[tap % 4];
+            }
+            return;
+        }
 #pragma unroll
         for (int tap = 0; tap < kTaps; ++tap) {
             const int at = tap - (kTaps - p.width);
@@ -143,7 +171,7 @@ struct ConvChannels {
 #pragma unroll
             for (int i = 0; i < kTaps - 2; ++i) past[i][c] = past[i + 1][c];
             past[kTaps - 2][c] = x[c];
-            x[c] = silu(sum);
+            x[c] = silu<T>(sum);
         }
     }
 };
@@ -167,7 +195,9 @@ __global__ void causal_conv1d_full_kernel(GdnConv p, int channel_blocks) {
     int64_t slot = p.slots[sequence];
     bool held = is_held(slot, p.num_slots);
     if (held) channels.load_past(p, channel, slot, span.begin, first);
-    for (int64_t token = first; token < last; ++token) {
+    const T* x = static_cast<const T*>(p.x) + channel;
+    T* out = static_cast<T*>(p.out) + channel;
+    for (int64_t token = first; token < last;) {
         if (token == span.end) {
             do {
                 ++sequence;
@@ -177,12 +207,26 @@ __global__ void causal_conv1d_full_kernel(GdnConv p, int channel_blocks) {
             held = is_held(slot, p.num_slots);
             if (held) channels.load_past(p, channel, slot, span.begin, token);
         }
-        float x[kCount] = {};
-        if (held) {
-            load<T, kCount>(static_cast<const T*>(p.x) + token * p.x_stride + channel, x);
-            channels.advance(x);
+        const int count = static_cast<int>(min(last, span.end) - token);
+        for (int done = 0; done < count; done += kConvGroup) {
+            const int here = min(kConvGroup, count - done);
+            Packed<T, kCount> read[kConvGroup];
+#pragma unroll
+            for (int i = 0; i < kConvGroup; ++i) {
+                read[i] = {};
+                if (held && i < here)
+                    read[i] = load_packed<T, kCount>(x + (token + done + i) * p.x_stride);
+            }
+#pragma unroll
+            for (int i = 0; i < kConvGroup; ++i) {
+                if (i >= here) break;
+                float values[kCount];
+                widen<T, kCount>(read[i], values);
+                if (held) channels.advance(values);
+                store<T, kCount>(out + (token + done + i) * p.num_channels, values);
+            }
         }
-        store<T, kCount>(static_cast<T*>(p.out) + token * p.num_channels + channel, x);
+        token += count;
     }
 }
 
@@ -238,6 +282,12 @@ __global__ void causal_conv1d_update_kernel(GdnConv p, int channel_blocks) {
 constexpr int kRuleThreads = 128;
 constexpr int kRuleRows = 8;  // of a warp
 constexpr int kRuleTile = kRuleThreads / 32 * kRuleRows;
+// Blocks that a multiprocessor shall hold, so that enough of the states are on their way.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1200
+constexpr int kRuleBlocks = 6;
+#else
+constexpr int kRuleBlocks = 5;
+#endif
 
 // A lane's part of a row of keys: kPer elements, side by side where rows are 32 * kPer long and
 // aligned (kVector), else every 32nd one.
@@ -253,6 +303,36 @@ struct KeyLane {
                 const int at = i * 32 + lane;
                 to[i] = at < k_dim ? to_float(row[at]) : 0.0f;
             }
+        }
+    }
+    // Rows of a state, the first `count` of them; the others are zeros.
+    template <class T, int kRows>
+    static __device__ void read_rows(const T* rows, int count, int lane, int k_dim,
+                                     float (&to)[kRows][kPer]) {
+        if constexpr (kVector) {
+            Packed<T, kPer> packed[kRows];
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                packed[r] = {};
+                if (r < count) packed[r] = load_packed<T, kPer>(rows + r * k_dim + lane * kPer);
+            }
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) widen<T, kPer>(packed[r], to[r]);
+        } else {
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+                for (int i = 0; i < kPer; ++i) to[r][i] = 0;
+                if (r < count) read(rows + r * k_dim, lane, k_dim, to[r]);
+            }
+        }
+    }
+    template <class T, int kRows>
+    static __device__ void write_rows(T* rows, int count, int lane, int k_dim,
+                                      const float (&from)[kRows][kPer]) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            if (r < count) write(rows + r * k_dim, lane, k_dim, from[r]);
         }
     }
     template <class T>
@@ -301,7 +381,7 @@ struct Token {
 // the old state in one pass; then S <- a S + d k^T. The next token is read while this one is
 // computed. No shared memory.
 template <class T, int kPer, bool kVector>
-__global__ void __launch_bounds__(kRuleThreads)
+__global__ void __launch_bounds__(kRuleThreads, kPer == 4 && kVector ? kRuleBlocks : 1)
     gated_delta_rule_recurrence_kernel(GdnRule p, int tiles) {
     using Lane = KeyLane<kPer, kVector>;
     const int lane = threadIdx.x % 32;
@@ -328,19 +408,15 @@ __global__ void __launch_bounds__(kRuleThreads)
 
     const int64_t state_at =
         ((slot * p.num_v_heads + head) * p.v_dim + first_row) * int64_t{p.k_dim};
+    // The type is asked for once, so that all rows are under way together.
     const bool is_half = p.state_dtype == kGdnBFloat16;
+    const int count = p.v_dim - first_row;
     float state[kRuleRows][kPer];
-#pragma unroll
-    for (int r = 0; r < kRuleRows; ++r) {
-        const int64_t at = state_at + int64_t{r} * p.k_dim;
-        if (first_row + r >= p.v_dim) {
-#pragma unroll
-            for (int i = 0; i < kPer; ++i) state[r][i] = 0;
-        } else if (is_half) {
-            Lane::read(static_cast<const bf16*>(p.states) + at, lane, p.k_dim, state[r]);
-        } else {
-            Lane::read(static_cast<const float*>(p.states) + at, lane, p.k_dim, state[r]);
-        }
+    if (is_half) {
+        Lane::read_rows(static_cast<const bf16*>(p.states) + state_at, count, lane, p.k_dim, state);
+    } else {
+        Lane::read_rows(static_cast<const float*>(p.states) + state_at, count, lane, p.k_dim,
+                        state);
     }
 
     const auto fetch = [&](int64_t t) {
@@ -386,15 +462,10 @@ __global__ void __launch_bounds__(kRuleThreads)
         }
     }
 
-#pragma unroll
-    for (int r = 0; r < kRuleRows; ++r) {
-        const int64_t at = state_at + int64_t{r} * p.k_dim;
-        if (first_row + r >= p.v_dim) continue;
-        if (is_half) {
-            Lane::write(static_cast<bf16*>(p.states) + at, lane, p.k_dim, state[r]);
-        } else {
-            Lane::write(static_cast<float*>(p.states) + at, lane, p.k_dim, state[r]);
-        }
+    if (is_half) {
+        Lane::write_rows(static_cast<bf16*>(p.states) + state_at, count, lane, p.k_dim, state);
+    } else {
+        Lane::write_rows(static_cast<float*>(p.states) + state_at, count, lane, p.k_dim, state);
     }
 }
 
@@ -694,7 +765,7 @@ int launch_conv(const GdnConv& p, bool is_update, void* stream) {
     const size_t bytes = 4 * sizeof(T);
     const bool is_vector = p.num_channels % 4 == 0 && p.x_stride % 4 == 0 &&
                            is_aligned(p.x, bytes) && is_aligned(p.windows, bytes) &&
-                           is_aligned(p.out, bytes);
+                           is_aligned(p.out, bytes) && is_aligned(p.weight, bytes);
     return is_vector ? launch_conv_taps<T, 4>(p, is_update, stream)
                      : launch_conv_taps<T, 1>(p, is_update, stream);
 }
@@ -720,6 +791,28 @@ int launch_recurrence(const GdnRule& p, void* stream) {
     }
     return GDN_LAUNCH((gated_delta_rule_recurrence_kernel<T, kGdnMaxHeadDim / 32, false>),
                       grid.dim(), dim3(kRuleThreads), 0, stream, p, tiles);
+}
+
+template <class T>
+int launch_gated_norm(const GdnNorm& p, void* stream) {
+    constexpr int64_t kBlockRows = kThreads / 32 * kNormRows;
+    const Grid grid = grid_of(p.num_tokens * p.num_v_heads, kBlockRows);
+    if (grid.blocks == 0) return 0;
+    if (!grid.fits()) return kUnsupportedShape;
+    const size_t bytes = 4 * sizeof(T);
+    const bool is_vector = p.v_dim % 4 == 0 && p.gate_stride % 4 == 0 && is_aligned(p.x, bytes) &&
+                           is_aligned(p.gate, bytes) && is_aligned(p.out, bytes) &&
+                           is_aligned(p.weight, 16);
+    if (is_vector && p.v_dim <= 128) {
+        return GDN_LAUNCH((gdn_gated_norm_kernel<T, 4, 1>), grid.dim(), dim3(kThreads), 0, stream,
+                          p);
+    }
+    if (is_vector) {
+        return GDN_LAUNCH((gdn_gated_norm_kernel<T, 4, kGdnMaxHeadDim / 128>), grid.dim(),
+                          dim3(kThreads), 0, stream, p);
+    }
+    return GDN_LAUNCH((gdn_gated_norm_kernel<T, 1, kGdnMaxHeadDim / 32>), grid.dim(),
+                      dim3(kThreads), 0, stream, p);
 }
 
 template <class T>
@@ -780,19 +873,7 @@ int gdn_cuda_fused_gdn_gating(const GdnGating* args, void* stream) {
 }
 
 int gdn_cuda_gdn_gated_norm(const GdnNorm* args, void* stream) {
-    const gdn::Grid grid = gdn::grid_of(args->num_tokens * args->num_v_heads, gdn::kThreads / 32);
-    if (grid.blocks == 0) return 0;
-    if (!grid.fits()) return gdn::kUnsupportedShape;
-    const size_t bytes = 4 * gdn::element_bytes(args->dtype);
-    const bool is_vector = args->v_dim % 4 == 0 && args->gate_stride % 4 == 0 &&
-                           gdn::is_aligned(args->x, bytes) && gdn::is_aligned(args->gate, bytes) &&
-                           gdn::is_aligned(args->out, bytes);
-    if (is_vector) {
-        return GDN_WITH_TYPE(args->dtype, GDN_LAUNCH((gdn::gdn_gated_norm_kernel<T, 4>), grid.dim(),
-                                                     dim3(gdn::kThreads), 0, stream, *args));
-    }
-    return GDN_WITH_TYPE(args->dtype, GDN_LAUNCH((gdn::gdn_gated_norm_kernel<T, 1>), grid.dim(),
-                                                 dim3(gdn::kThreads), 0, stream, *args));
+    return GDN_WITH_TYPE(args->dtype, gdn::launch_gated_norm<T>(*args, stream));
 }
 
 const char* gdn_cuda_error_text(int code) {

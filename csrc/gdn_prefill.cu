@@ -39,6 +39,12 @@ __device__ __forceinline__ void split2(float x, float y, uint32_t& high, uint32_
 
 constexpr int kChunkThreads = 128;
 constexpr int kMaxBlockHeads = 8;
+// Blocks that a multiprocessor shall hold, where its registers and shared memory are enough for them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+constexpr int kChunkBlocks = 4;
+#else
+constexpr int kChunkBlocks = 3;
+#endif
 constexpr int kDiagonalStride = 20;
 // Decays of one token below this are 0 in float32; sums of them stay small, so that differences of
 // sums keep their digits.
@@ -133,13 +139,13 @@ __device__ __forceinline__ void sum_gates(const GdnRule& p, const PrefillWorkspa
     float factors[kNumGates][2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const float from_start = expf(sum[i]);
+        const float from_start = fast_exp(sum[i]);
         decays[token + i] = sum[i];
         betas[token + i] = beta[i];
         factors[kBeta][i] = beta[i];
         factors[kBetaDecay][i] = beta[i] * from_start;
         factors[kFromStart][i] = from_start;
-        factors[kToEnd][i] = expf(fminf(whole - sum[i], 0.0f));
+        factors[kToEnd][i] = fast_exp(fminf(whole - sum[i], 0.0f));
     }
     float* to = w.gates + gate_offset(p, chunk, head) + token;
 #pragma unroll
@@ -193,9 +199,10 @@ __device__ __forceinline__ void decay_scores(const ChunkShared& shared, const fl
         const float2 others = *reinterpret_cast<const float2*>(decays + column);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float d[2] = {
-                row[half] >= column ? expf(fminf(decay[half] - others.x, 0.0f)) : 0.0f,
-                row[half] > column ? expf(fminf(decay[half] - others.y, 0.0f)) : 0.0f};
+            // No branches: above the diagonal the exponents are zeros.
+            const float low = fast_exp(fminf(decay[half] - others.x, 0.0f));
+            const float high = fast_exp(fminf(decay[half] - others.y, 0.0f));
+            const float d[2] = {row[half] >= column ? low : 0.0f, row[half] > column ? high : 0.0f};
             const int at = panel_offset(row[half], j) + pair * 2;
             *reinterpret_cast<uint32_t*>(shared.scores + at) =
                 pack2<f16>(qk[j][2 * half] * d[0], qk[j][2 * half + 1] * d[1]);
@@ -249,18 +256,24 @@ __device__ __forceinline__ void invert_diagonal(const ChunkShared& shared, int r
     }
 }
 
-// d (16 x 16) += a b with both operands as sums of two f16; the product of the low halves is below
-// what float32 keeps of the sum.
-__device__ __forceinline__ void multiply_split(float (&d)[2][4], const uint32_t (&a_high)[4],
-                                               const uint32_t (&a_low)[4], SharedAddress b_high,
-                                               SharedAddress b_low) {
-    uint32_t high[4], low[4];
-    ldmatrix_x4(high, b_high);
-    ldmatrix_x4(low, b_low);
-    multiply(d[0], d[1], a_low, high);
-    multiply(d[0], d[1], a_high, low);
-    multiply(d[0], d[1], a_high, high);
-}
+// A 16 x 16 sum of products whose operands are sums of two f16. The product of the low halves is below
+// what float32 keeps of the sum. Large and small ones add up apart, so that few wait for another.
+struct SplitSum {
+    float large[2][4] = {}, small[2][4] = {};
+
+    __device__ __forceinline__ void add(const uint32_t (&a_high)[4], const uint32_t (&a_low)[4],
+                                        SharedAddress b_high, SharedAddress b_low) {
+        uint32_t whole[4], rest[4];
+        ldmatrix_x4(whole, b_high);
+        ldmatrix_x4(rest, b_low);
+        multiply(large[0], large[1], a_high, whole);
+        multiply(small[0], small[1], a_low, whole);
+        multiply(small[0], small[1], a_high, rest);
+    }
+    __device__ __forceinline__ float at(int half, int e) const {
+        return large[half][e] + small[half][e];
+    }
+};
 
 // The blocks of T below the diagonal block of one block column, by warp:
 //   T_ij = T_ii sum_m (-A_im) T_mj over m from j to i - 1,
@@ -276,24 +289,22 @@ __device__ __forceinline__ void invert_column(const ChunkShared& shared, int col
     for (int below = 1; below < 4; ++below) {
         const int row = column + below;
         if (row > 3) break;
-        float sum[2][4] = {}, block[2][4] = {};
+        SplitSum sum, block;
 #pragma unroll
         for (int m = 0; m < below; ++m) {
-            multiply_split(sum, high[m], low[m],
-                           block_at(shared_address(shared.high), across, row, column + m),
-                           block_at(shared_address(shared.low), across, row, column + m));
+            sum.add(high[m], low[m], block_at(shared_address(shared.high), across, row, column + m),
+                    block_at(shared_address(shared.low), across, row, column + m));
         }
         uint32_t sum_high[4], sum_low[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            split2(sum[i / 2][i % 2 * 2], sum[i / 2][i % 2 * 2 + 1], sum_high[i], sum_low[i]);
+            split2(sum.at(i / 2, i % 2 * 2), sum.at(i / 2, i % 2 * 2 + 1), sum_high[i], sum_low[i]);
         }
-        multiply_split(block, sum_high, sum_low,
-                       block_at(shared_address(shared.high), across, row, row),
-                       block_at(shared_address(shared.low), across, row, row));
+        block.add(sum_high, sum_low, block_at(shared_address(shared.high), across, row, row),
+                  block_at(shared_address(shared.low), across, row, row));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float* x = &block[i / 2][i % 2 * 2];
+            const float x[2] = {block.at(i / 2, i % 2 * 2), block.at(i / 2, i % 2 * 2 + 1)};
             split2(x[0], x[1], high[below][i], low[below][i]);
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
@@ -313,7 +324,7 @@ __device__ __forceinline__ void invert_column(const ChunkShared& shared, int col
 // last one have zero rows and columns; chunks of padding sequences are left out. Later chunks come
 // first, so that the cache holds the earlier ones when the scan begins.
 template <class T, int D>
-__global__ void __launch_bounds__(kChunkThreads, 3)
+__global__ void __launch_bounds__(kChunkThreads, kChunkBlocks)
     prefill_chunk_kernel(GdnRule p, PrefillWorkspace w, int block_heads) {
     GDN_DYNAMIC_SHARED(dynamic);
     const ChunkShared shared(dynamic, D);

@@ -48,6 +48,39 @@ __device__ __forceinline__ void store(T* to, const float (&from)[kCount]) {
     }
 }
 
+// kCount neighbouring elements as they lie in memory: what is read ahead of its use stays packed, so
+// that nothing waits for it.
+template <class T, int kCount>
+struct alignas(kCount * sizeof(T) < 4 ? 4 : kCount * sizeof(T)) Packed {
+    static constexpr int kWords = kCount * sizeof(T) / 4;
+    uint32_t words[kWords > 0 ? kWords : 1];
+};
+template <class T, int kCount>
+__device__ __forceinline__ Packed<T, kCount> load_packed(const T* from) {
+    if constexpr (kCount * sizeof(T) < 4) {
+        uint16_t bits;
+        memcpy(&bits, from, 2);
+        return {{bits}};
+    } else {
+        return *reinterpret_cast<const Packed<T, kCount>*>(from);
+    }
+}
+template <class T, int kCount>
+__device__ __forceinline__ void widen(const Packed<T, kCount>& from, float (&to)[kCount]) {
+    if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) memcpy(&to[i], &from.words[i], 4);
+    } else if constexpr (kCount == 1) {
+        to[0] = unpack2<T>(from.words[0]).x;
+    } else {
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) {
+            const float2 pair = unpack2<T>(from.words[i]);
+            to[2 * i] = pair.x, to[2 * i + 1] = pair.y;
+        }
+    }
+}
+
 // Whether kCount elements at every multiple of each stride can be read at once.
 inline bool is_aligned(const void* p, size_t bytes) {
     return reinterpret_cast<uintptr_t>(p) % bytes == 0;
@@ -60,8 +93,15 @@ inline size_t element_bytes(int32_t dtype) {
 __device__ __forceinline__ float sigmoid(float x) {
     return 1.0f / (1.0f + expf(-x));
 }
+// For a value that is kept as T: 16 bits have no use for the last digits of float32, which take most
+// of the time.
+template <class T = float>
 __device__ __forceinline__ float silu(float x) {
-    return x / (1.0f + expf(-x));
+    if constexpr (sizeof(T) == 2) {
+        return fast_divide(x, 1.0f + fast_exp(-x));
+    } else {
+        return x / (1.0f + expf(-x));
+    }
 }
 // log(1 + exp(x)), without overflow for large x.
 __device__ __forceinline__ float softplus(float x) {

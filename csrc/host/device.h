@@ -257,6 +257,13 @@ inline float2 unpack2(uint32_t packed) {
     return {to_float(pair[0]), to_float(pair[1])};
 }
 
+inline float fast_exp(float x) {
+    return std::exp(x);
+}
+inline float fast_divide(float x, float y) {
+    return x / y;
+}
+
 inline int multiprocessor_count() {
     return 4;
 }

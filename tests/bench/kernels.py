@@ -2,7 +2,8 @@
 
 Run by hand: `python -m tests.bench.kernels` (a GPU if there is one), `--device cpu`, `--quick`.
 
-K1: the recurrence of one token. K2: the whole decode step. K3: prefill. K4: the convolution of a
+K1: the recurrence of one token. K2: the whole decode step; K1b and
+K2b: with states in bfloat16. K3: prefill. K4: the convolution of a
 prefill. Layer: what a layer does between its projections in a prefill. Peers are timed in the same
 run on the same inputs, in interleaved rounds: fla (flash-linear-attention) where it is importable,
 the plain operators of this project (`chain`: the five of them, one launch each), transformers'
@@ -209,7 +210,7 @@ def show(case: Case, bandwidth: float, tflops: float) -> dict[str, Any]:
 
 
 def cases(device: torch.device, *, quick: bool, only: str) -> Iterator[Callable[[], Case]]:
-    wanted = only.split(",") if only else ["K1", "K1b", "K2", "K3", "K4", "Layer"]
+    wanted = only.split(",") if only else ["K1", "K1b", "K2", "K2b", "K3", "K4", "Layer"]
     is_gpu = device.type == "cuda"
     batches = ([1, 8, 32, 128, 256] if is_gpu else [1, 8, 32])[: 2 if quick else None]
     for name, dtype in (("K1", torch.float32), ("K1b", torch.bfloat16)):
@@ -218,9 +219,12 @@ def cases(device: torch.device, *, quick: bool, only: str) -> Iterator[Callable[
                 yield lambda batch=batch, dtype=dtype, name=name: recurrence(
                     name, device, batch, dtype
                 )
-    if "K2" in wanted:
-        for batch in batches:
-            yield lambda batch=batch: decode_step(device, batch)
+    for name, dtype in (("K2", torch.float32), ("K2b", torch.bfloat16)):
+        if name in wanted:
+            for batch in batches:
+                yield lambda batch=batch, dtype=dtype, name=name: decode_step(
+                    name, device, batch, dtype
+                )
     prompts = (
         [[2048], [8192], [32768], [8192] * 4, [1024] * 8, [5000, 37, 2048, 1, 900]]
         if is_gpu
@@ -394,10 +398,10 @@ class StepInputs:
         return ops.gdn_gated_norm(core, gate, self.norm_weight, EPS).flatten(1)
 
 
-def decode_step(device: torch.device, batch: int) -> Case:
+def decode_step(name: str, device: torch.device, batch: int, dtype: torch.dtype) -> Case:
     """Everything between the projections of a layer, one token of each sequence."""
     inputs = StepInputs.draw(device, batch)
-    sets = pools(device, batch, torch.float32)
+    sets = pools(device, batch, dtype)
     pool, slots = sets[0]
     windows = draw(device, pool.shape[0], WIDTH - 1, CONV_DIM)
     arrivals = torch.zeros(batch * K_HEADS, dtype=torch.int32, device=device)
@@ -412,9 +416,10 @@ def decode_step(device: torch.device, batch: int) -> Case:
     }
     if device.type == "cpu":
         calls["torch"] = [lambda: inputs.fused(gdn_torch, windows, pool, slots, arrivals)]
-    moved = 2 * batch * V_HEADS * DIM * DIM * 4
+    moved = 2 * batch * V_HEADS * DIM * DIM * dtype.itemsize
+    shape = f"B={batch} {str(dtype).removeprefix('torch.')} state"
     # Plain torch in float32 is the truth here: the parts are checked against float64 elsewhere.
-    return Case("K2", f"B={batch}", calls, moved, relative(out, want), bound_of(device))
+    return Case(name, shape, calls, moved, relative(out, want), bound_of(device))
 
 
 def prefill(device: torch.device, lengths: list[int]) -> Case:
@@ -442,13 +447,15 @@ def prefill(device: torch.device, lengths: list[int]) -> Case:
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device=device)
     if fla is not None:
 
-        def peer(qkv: Tensor) -> Any:
-            q, k = (x.unflatten(-1, (K_HEADS, DIM)) for x in (qkv[:, :qk], qkv[:, qk : 2 * qk]))
-            v = qkv[:, 2 * qk :].unflatten(-1, (V_HEADS, DIM))
+        def apart(qkv: Tensor) -> list[Tensor]:
+            sizes = (qk, qk, V_HEADS * DIM)
+            return [x.unflatten(-1, (-1, DIM))[None].contiguous() for x in qkv.split(sizes, -1)]
+
+        def peer(q: Tensor, k: Tensor, v: Tensor) -> Any:
             return fla.chunk_gated_delta_rule(
-                q[None].contiguous(),
-                k[None].contiguous(),
-                v[None].contiguous(),
+                q,
+                k,
+                v,
                 g[None],
                 beta[None],
                 initial_state=states,
@@ -457,7 +464,7 @@ def prefill(device: torch.device, lengths: list[int]) -> Case:
                 cu_seqlens=starts,
             )
 
-        calls["fla"] = [lambda x=x: peer(x) for x in qkvs]
+        calls["fla"] = [lambda x=x: peer(*x) for x in map(apart, qkvs)]
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
         calls["mma"] = [lambda x=x: without_sm90(lambda: ours(x)) for x in qkvs]
     if tokens <= 8192:
