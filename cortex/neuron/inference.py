@@ -27,7 +27,7 @@ from cortex.neuron.chat.completion import (
     prepare_texts,
 )
 from cortex.neuron.chat.model import ChatModel
-from cortex.neuron.chat.prepare import Prepared, prepare, prompt_ids
+from cortex.neuron.chat.prepare import Prepared, prepare, prompt_text
 from cortex.neuron.chat.stream import ChatCollector, ChatStream
 from cortex.neuron.engine_client import EngineClient, Generation
 from cortex.neuron.lifecycle import Lifecycle
@@ -130,7 +130,7 @@ class Inference:
             raise BadRequestError("give either messages or prompt", param="messages")
         chat = await self._chat_model(request.model)
         if request.prompt is not None:
-            ids = await self._in_thread(chat.tokenizer.encode, request.prompt)
+            count, ids = await self._in_thread(_tokens, request.prompt, request, chat)
         else:
             assert request.messages is not None
             if not request.messages:
@@ -142,12 +142,8 @@ class Inference:
                 tool_choice=request.tool_choice,
                 chat_template_kwargs=request.chat_template_kwargs,
             )
-            ids = await self._in_thread(prompt_ids, chat_request, chat)
-        return TokenizeResponse(
-            count=len(ids),
-            tokens=ids if request.return_tokens else None,
-            max_model_len=chat.max_model_len,
-        )
+            count, ids = await self._in_thread(_tokens, chat_request, request, chat)
+        return TokenizeResponse(count=count, tokens=ids, max_model_len=chat.max_model_len)
 
     async def _prepare(
         self, request: ChatRequest | CompletionRequest, serving: Serving
@@ -182,6 +178,17 @@ class Inference:
 
     async def _in_thread(self, work: Callable[[*Args], T], *args: *Args) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+
+def _tokens(
+    prompt: str | ChatRequest, asked: TokenizeRequest, chat: ChatModel
+) -> tuple[int, list[int] | None]:
+    """Return how many tokens a prompt has, and which, if they are asked for."""
+    text = prompt if isinstance(prompt, str) else prompt_text(prompt, chat)
+    if not asked.return_tokens:
+        return chat.tokenizer.count(text), None
+    ids = chat.tokenizer.encode(text)
+    return len(ids), ids
 
 
 @contextmanager

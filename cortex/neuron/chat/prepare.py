@@ -137,11 +137,10 @@ def prepare(request: ChatRequest, model: ChatModel) -> Prepared:
     )
 
 
-def prompt_ids(request: ChatRequest, model: ChatModel) -> list[int]:
-    """Return the prompt's ids alone, for counting; raises as `prepare`, but not on length."""
+def prompt_text(request: ChatRequest, model: ChatModel) -> str:
+    """Return the prompt's text alone, for counting; raises as `prepare`, but not on length."""
     tools = _active_tools(request)
-    text = _render(request, _template_of(model, has_tools=bool(tools)), tools)
-    return model.tokenizer.encode(text)
+    return _render(request, _template_of(model, has_tools=bool(tools)), tools)
 
 
 def _template_of(model: ChatModel, *, has_tools: bool) -> ChatTemplate:

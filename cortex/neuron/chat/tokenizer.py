@@ -19,6 +19,7 @@ from tokenizers import (
 )
 
 from cortex.core.errors import CheckpointError
+from cortex.neuron.chat.segments import SegmentedEncoder
 from cortex.neuron.models.gguf_file import GgufValue
 from cortex.neuron.models.hf_files import read_json
 
@@ -76,6 +77,7 @@ class ChatTokenizer:
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.max_token_chars = max(map(len, vocab), default=1)
         self._tokenizer = tokenizer
+        self._segments = SegmentedEncoder(tokenizer)
         self._added = {at: token.content.encode() for at, token in added.items()}
         # None: this tokenizer's tokens are not plain bytes and are decoded in context.
         self._bytes: dict[int, bytes] | None = {} if _is_byte_level(tokenizer) else None
@@ -86,15 +88,16 @@ class ChatTokenizer:
 
     def encode(self, text: str, *, add_special: bool = False) -> list[int]:
         """Return the ids of `text`; special tokens written in it become their ids."""
-        # The batch call lets other threads run meanwhile; the single one holds the interpreter,
-        # for seconds with a prompt of megabytes.
-        batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special)
+        if not add_special:
+            return self._segments.encode(text)
+        # The batch call lets other threads run meanwhile, as in the segments' encoder.
+        batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=True)
         ids: list[int] = batch[0].ids
         return ids
 
     def count(self, text: str) -> int:
         """Return how many tokens `text` has."""
-        return len(self.encode(text))
+        return self._segments.count(text)
 
     def decode(self, token_ids: list[int], *, keep_special: bool = False) -> str:
         """Return the text of a whole list of ids."""

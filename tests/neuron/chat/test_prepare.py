@@ -13,7 +13,7 @@ from cortex.core.errors import (
     UnsupportedFieldError,
 )
 from cortex.neuron.chat.model import ChatModel, GenerationDefaults
-from cortex.neuron.chat.prepare import prepare, prompt_ids
+from cortex.neuron.chat.prepare import prepare, prompt_text
 from cortex.neuron.engine.protocol import Sampling
 from tests.support.chat_models import (
     JSON_CALL_TEMPLATE,
@@ -47,7 +47,7 @@ def test_the_prompt_is_the_rendered_template(model: ChatModel) -> None:
     assert model.tokenizer.decode(prepared.prompt_ids, keep_special=True) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n"
     )
-    assert prompt_ids(chat_request(), model) == prepared.prompt_ids
+    assert model.tokenizer.encode(prompt_text(chat_request(), model)) == prepared.prompt_ids
     assert prepared.stop_ids == (0, 2)
 
 
@@ -309,7 +309,7 @@ def test_effort_and_verbosity_are_told_to_the_template(tmp_path: Path) -> None:
     source = "{{ reasoning_effort }} {{ verbosity }} {{ enable_thinking }}"
     model = make_chat_model(tmp_path, template=source)
     request = chat_request(reasoning_effort="low", verbosity="high")
-    assert model.tokenizer.decode(prompt_ids(request, model)) == "low high True"
+    assert prompt_text(request, model) == "low high True"
 
 
 def test_two_tools_of_one_name_are_refused(model: ChatModel) -> None:
