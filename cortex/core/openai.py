@@ -264,11 +264,15 @@ def _refuse_unsupported(request: ChatRequest) -> None:
             param="functions" if request.functions else "function_call",
         )
     if request.audio is not None or any(kind != "text" for kind in request.modalities or ()):
+        param = "modalities" if request.audio is None else "audio"
         raise UnsupportedFieldError(
-            "only text can be generated", param="audio" if request.audio else "modalities"
+            f"{param}: only text can be generated; leave it out", param=param
         )
     if request.web_search_options is not None:
-        raise UnsupportedFieldError("web search is not available here", param="web_search_options")
+        raise UnsupportedFieldError(
+            "web_search_options: nothing is searched from here; leave it out, or declare a tool",
+            param="web_search_options",
+        )
     if isinstance(request.tool_choice, CustomToolChoice):
         raise UnsupportedFieldError(
             "tool_choice of type 'custom' is not supported; declare a function and name that",

@@ -173,7 +173,7 @@ def test_what_no_model_here_can_do_is_refused_by_name(fields: dict[str, Any], pa
         parse(**fields)
     assert caught.value.param == param
     assert caught.value.status == 400
-    assert param.partition("_")[0] in caught.value.message or "text" in caught.value.message
+    assert param in caught.value.message
 
 
 def test_fields_that_ask_for_nothing_here_are_taken() -> None:
