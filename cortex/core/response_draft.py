@@ -10,6 +10,7 @@ from cortex.core.openai import ChatCompletion, FunctionCall, TokenLogprob
 from cortex.core.openai import Usage as ChatUsage
 from cortex.core.response_tools import CUSTOM_INPUT, ToolName, ToolSet
 from cortex.core.responses import (
+    RESPONSE_PREFIX,
     CustomCallItem,
     FunctionCallItem,
     IncompleteDetails,
@@ -33,7 +34,6 @@ from cortex.core.responses import (
 )
 from cortex.core.translate_responses import pack_reasoning
 
-ID_PREFIX = "resp_"
 CANCELLED = "cancelled"
 
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
@@ -60,7 +60,7 @@ class Draft:
 
     def item_id(self, prefix: str, index: int) -> str:
         """Return the id of the item at a place of the output."""
-        return f"{prefix}_{self.response_id.removeprefix(ID_PREFIX)}{index:04x}"
+        return f"{prefix}_{self.response_id.removeprefix(RESPONSE_PREFIX)}{index:04x}"
 
     def tool(self, chat_name: str) -> ToolName:
         """Return what the caller calls a tool; a name that it did not declare stands for itself."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from cortex.core.decode import decode_body, decode_query
+from cortex.core.decode import decode_body
 from cortex.core.errors import BadRequestError, UnsupportedFieldError
 from cortex.core.openai import (
     MAX_LOGIT_BIAS,
@@ -26,10 +26,10 @@ MAX_ITEMS = MAX_MESSAGES
 MAX_METADATA = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_CHARS = 512
-MAX_PAGE_ITEMS = 100
 MAX_ID_CHARS = 128
 MAX_LOGPROBS = 20
 
+RESPONSE_PREFIX = "resp_"
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
 TEXT_LOGPROBS = "message.output_text.logprobs"
 
@@ -405,48 +405,3 @@ class Deleted(msgspec.Struct, kw_only=True, frozen=True):
     id: str
     object: Literal["response"] = "response"
     deleted: bool = True
-
-
-class ItemPage(msgspec.Struct, kw_only=True, frozen=True):
-    """A page of input items."""
-
-    object: Literal["list"] = "list"
-    data: list[Any]
-    first_id: str | None = None
-    last_id: str | None = None
-    has_more: bool = False
-
-
-class ItemsQuery(msgspec.Struct, kw_only=True, frozen=True):
-    """Which part of the input items a caller wants, the latest first unless told otherwise."""
-
-    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE_ITEMS)] = 20
-    order: Literal["asc", "desc"] = "desc"
-    after: str | None = None
-
-
-def parse_items_query(parameters: dict[str, str]) -> ItemsQuery:
-    """Decode the query of a listing; raises BadRequestError where a parameter is out of bounds."""
-    return decode_query(ItemsQuery, parameters)
-
-
-def item_page(items: list[dict[str, Any]], query: ItemsQuery) -> ItemPage:
-    """Return a page of items, which are in the order in which they were sent.
-
-    Raises:
-        BadRequestError: `after` is none of them.
-    """
-    ordered = items if query.order == "asc" else items[::-1]
-    begin = 0
-    if query.after is not None:
-        ids = [item.get("id") for item in ordered]
-        if query.after not in ids:
-            raise BadRequestError(f"after: there is no item '{query.after[:64]}'", param="after")
-        begin = ids.index(query.after) + 1
-    page = ordered[begin : begin + query.limit]
-    return ItemPage(
-        data=page,
-        first_id=page[0]["id"] if page else None,
-        last_id=page[-1]["id"] if page else None,
-        has_more=begin + len(page) < len(ordered),
-    )

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from cortex.core import anthropic, completions, openai, responses
+from cortex.core import anthropic, completions, openai, response_items, responses
 from cortex.core.build import version
 from cortex.gateway.decisions import WhyReport
 from cortex.gateway.plans import PlanReport
@@ -101,8 +101,8 @@ OPERATIONS = (
         method="GET",
         path="/v1/responses/{response_id}/input_items",
         summary="The input of a response that is kept",
-        query=responses.ItemsQuery,
-        answers=(responses.ItemPage,),
+        query=response_items.ItemsQuery,
+        answers=(response_items.ItemPage,),
     ),
     Operation(
         method="POST",

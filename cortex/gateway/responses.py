@@ -5,7 +5,6 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -16,7 +15,8 @@ from starlette.types import ASGIApp
 from cortex.core import openai
 from cortex.core import responses as wire
 from cortex.core.errors import BadRequestError, ResponseStoreError, UnsupportedFieldError
-from cortex.core.response_draft import ID_PREFIX, Draft, from_chat
+from cortex.core.response_draft import Draft, from_chat
+from cortex.core.response_items import item_page, kept_items, parse_items_query
 from cortex.core.translate_responses import PlacedItem, Translated, placed, to_chat
 from cortex.core.translate_responses_stream import ResponseStream
 from cortex.core.web import EventStream, cancel_on_disconnect, json_response
@@ -29,7 +29,6 @@ from cortex.gateway.response_store import Kept, ResponseStore
 PATH = "/v1/responses"
 
 _completion_decoder = msgspec.json.Decoder(openai.ChatCompletion)
-_object_decoder = msgspec.json.Decoder(dict[str, Any])
 _encoder = msgspec.json.Encoder()
 _logger = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ class ResponsesHandlers:
         asked = wire.parse_request(await self._intake.body(request))
         self._intake.check_model(caller, asked.model)
         owner = _owner(caller)
-        response_id = ID_PREFIX + uuid.uuid4().hex
+        response_id = wire.RESPONSE_PREFIX + uuid.uuid4().hex
         raws = await self._resolved(asked, owner)
         translated = await self._translated(asked, owner, raws)
         body = _encoder.encode(translated.chat)
@@ -109,7 +108,7 @@ class ResponsesHandlers:
         job = _Job(
             owner=owner,
             draft=Draft(asked, translated.tools, response_id, int(self._wall_clock())),
-            items=_kept_items(asked, raws, response_id) if asked.wants_store else b"[]",
+            items=kept_items(asked, raws, response_id) if asked.wants_store else b"[]",
         )
         if asked.stream:
             stream = ResponseStream(job.draft)
@@ -228,9 +227,9 @@ class ResponsesHandlers:
         )
 
     async def _input_items(self, request: Request, caller: Caller) -> Response:
-        query = wire.parse_items_query(dict(request.query_params))
+        query = parse_items_query(dict(request.query_params))
         kept = await self._store.get(_owner(caller), request.path_params["response_id"])
-        return json_response(wire.item_page(msgspec.json.decode(kept.items), query))
+        return json_response(item_page(msgspec.json.decode(kept.items), query))
 
     def _run_of(self, response_id: str, caller: Caller) -> _Run | None:
         run = self._runs.get(response_id)
@@ -242,34 +241,3 @@ def _owner(caller: Caller) -> str:
     if not caller.is_known:
         return ""
     return _encoder.encode([caller.account_id, caller.key_id]).decode()
-
-
-def _kept_items(asked: wire.ResponsesRequest, raws: list[msgspec.Raw], response_id: str) -> bytes:
-    """Return a request's own input as it is kept: each item with an id, a type and a list."""
-    suffix = response_id.removeprefix(ID_PREFIX)
-    if isinstance(asked.input, str):
-        items: list[dict[str, Any]] = [{"role": "user", "content": asked.input}]
-    else:
-        items = [msgspec.json.decode(raw) for raw in raws]
-    return _encoder.encode(
-        [_full_item(item, f"{suffix}i{at:04x}") for at, item in enumerate(items)]
-    )
-
-
-def _full_item(item: dict[str, Any], suffix: str) -> dict[str, Any]:
-    kind = item.get("type") or "message"
-    full = {**item, "type": kind, "id": item.get("id") or f"{_PREFIXES.get(kind, 'item')}_{suffix}"}
-    if kind == "message" and isinstance(item.get("content"), str):
-        part = "output_text" if item.get("role") == "assistant" else "input_text"
-        full["content"] = [{"type": part, "text": item["content"]}]
-    return full
-
-
-_PREFIXES = {
-    "message": "msg",
-    "reasoning": "rs",
-    "function_call": "fc",
-    "function_call_output": "fco",
-    "custom_tool_call": "ctc",
-    "custom_tool_call_output": "ctco",
-}

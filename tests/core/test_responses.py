@@ -5,10 +5,7 @@ import pytest
 
 from cortex.core.errors import BadRequestError, UnsupportedFieldError
 from cortex.core.responses import (
-    ItemsQuery,
-    item_page,
     parse_items,
-    parse_items_query,
     parse_request,
     parse_tools,
 )
@@ -92,33 +89,3 @@ def test_half_of_a_surrogate_pair_in_an_item_is_read_as_the_replacement_characte
 
 def test_responses_are_kept_unless_the_request_says_no():
     assert [parse(store=each).wants_store for each in (None, True, False)] == [True, True, False]
-
-
-ITEMS = [{"id": f"msg_{at}"} for at in range(3)]
-
-
-def test_a_page_of_items_begins_with_the_latest_and_goes_on_after_its_last():
-    first = item_page(ITEMS, ItemsQuery(limit=2))
-    assert [item["id"] for item in first.data] == ["msg_2", "msg_1"]
-    assert (first.first_id, first.last_id, first.has_more) == ("msg_2", "msg_1", True)
-    second = item_page(ITEMS, ItemsQuery(limit=2, after="msg_1"))
-    assert [item["id"] for item in second.data] == ["msg_0"]
-    assert second.has_more is False
-
-
-def test_a_page_in_ascending_order_and_one_of_nothing():
-    page = item_page(ITEMS, ItemsQuery(order="asc", after="msg_0"))
-    assert [item["id"] for item in page.data] == ["msg_1", "msg_2"]
-    assert item_page([], ItemsQuery()).first_id is None
-
-
-def test_a_page_after_an_item_that_is_not_there_is_refused():
-    with pytest.raises(BadRequestError, match="no item 'x'"):
-        item_page(ITEMS, ItemsQuery(after="x"))
-
-
-def test_the_query_of_a_page_is_read_and_bounded():
-    assert parse_items_query({"limit": "5", "order": "asc", "odd": "1"}).limit == 5
-    with pytest.raises(BadRequestError) as caught:
-        parse_items_query({"limit": "101"})
-    assert caught.value.param == "limit"

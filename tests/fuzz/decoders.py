@@ -9,16 +9,21 @@ from collections.abc import Callable
 
 import msgspec
 
-from cortex.core import anthropic
+from cortex.core import anthropic, responses
 from cortex.core.completions import parse_completion_request
 from cortex.core.decode import decode_body
 from cortex.core.errors import BadRequestError, CortexError, UpstreamMalformedError
 from cortex.core.openai import parse_chat_request, parse_error, parse_head
+from cortex.core.response_draft import Draft
+from cortex.core.response_items import kept_items
 from cortex.core.translate import to_openai
+from cortex.core.translate_responses import placed, to_chat
+from cortex.core.translate_responses_stream import ResponseStream
 from cortex.core.translate_stream import StreamTranslator
 from cortex.gateway.prefixes import chain_of
 from cortex.gateway.proxy import usage_of
 from cortex.gateway.windows import estimate_tokens
+from tests.support import response_events
 from tests.support.anthropic_events import check_grammar, read_events
 
 MAX_MUTATIONS = 4
@@ -100,6 +105,36 @@ SEEDS = [
             "prompt_cache_key": "k",
             "seed": -9223372036854775808,
         },
+        {
+            "model": "m",
+            "instructions": "Be brief.",
+            "input": [
+                {"role": "developer", "content": [{"type": "input_text", "text": "d"}]},
+                {"role": "user", "content": [{"type": "input_image", "image_url": "x"}]},
+                {"type": "reasoning", "summary": [], "encrypted_content": "cortex:SG0u"},
+                {"type": "message", "role": "assistant", "content": "hi 🙂"},
+                {"type": "function_call", "call_id": "c1", "name": "look", "arguments": "{}"},
+                {"type": "custom_tool_call", "call_id": "c2", "name": "run", "input": "x"},
+                {"type": "function_call_output", "call_id": "c1", "output": [{"a": 1}]},
+                {"type": "web_search_call", "id": "ws_1"},
+                {"type": "item_reference", "id": "msg_1"},
+            ],
+            "tools": [
+                {"type": "function", "name": "look", "parameters": {"type": "object"}},
+                {"type": "custom", "name": "run", "format": {"type": "grammar"}},
+                {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}]},
+                {"type": "web_search"},
+            ],
+            "tool_choice": {
+                "type": "allowed_tools",
+                "mode": "auto",
+                "tools": [{"type": "function", "name": "look"}],
+            },
+            "text": {"format": {"type": "json_schema", "name": "n", "schema": {}}},
+            "reasoning": {"effort": "low", "summary": "auto"},
+            "include": ["reasoning.encrypted_content"],
+            "metadata": {"k": "v"},
+        },
         {"model": "m", "prompt": [[1, 2], [3]], "logprobs": 3, "best_of": 2, "n": 1},
         {"error": {"message": "no", "type": "api_error", "code": 5, "param": None, "max": 7}},
         {"id": "x", "choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 1}},
@@ -155,6 +190,31 @@ def _as_count(body: bytes) -> None:
     msgspec.json.encode(to_openai(decode_body(_count, body)))
 
 
+def _as_response(body: bytes) -> None:
+    request = responses.parse_request(body)
+    raws = request.input if isinstance(request.input, list) else []
+    kept_items(request, raws, "resp_1")
+    items = [item for item in responses.parse_items(raws) if item.kind != "item_reference"]
+    translated = to_chat(request, placed(items))
+    parse_chat_request(msgspec.json.encode(translated.chat))
+    draft = Draft(request, translated.tools, "resp_1", 1000)
+    msgspec.json.decode(msgspec.json.encode(draft.response("in_progress")))
+
+
+def _as_response_stream(body: bytes) -> None:
+    request = responses.parse_request(b'{"model":"m","input":"x","tools":[]}')
+    stream = ResponseStream(Draft(request, to_chat(request, []).tools, "resp_1", 1000))
+    out: list[bytes] = []
+    halves = body[: len(body) // 2], body[len(body) // 2 :]
+    try:
+        # One by one: what came before a fault counts.
+        out.extend(map(stream.feed, halves))
+        out += [stream.end(), stream.conclude(is_stored=True)]
+    except UpstreamMalformedError as exc:
+        out.append(stream.fail(exc))
+    response_events.check_grammar(response_events.read_events(b"".join(out)))
+
+
 def _as_stream(body: bytes) -> None:
     translator = StreamTranslator("m")
     out = []
@@ -181,8 +241,16 @@ REQUESTS: list[Callable[[bytes], object]] = [
     parse_head,
     _as_message,
     _as_count,
+    _as_response,
 ]
-READERS: list[Callable[[bytes], object]] = [_as_stream, _as_error, _as_sizes, chain_of, usage_of]
+READERS: list[Callable[[bytes], object]] = [
+    _as_stream,
+    _as_response_stream,
+    _as_error,
+    _as_sizes,
+    chain_of,
+    usage_of,
+]
 
 
 def read_all(data: bytes) -> int:
