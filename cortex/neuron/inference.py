@@ -88,10 +88,14 @@ class Inference:
             with await serving.admission.acquire(prepared.num_choices):
                 reply = _stream_of(prepared, request.model, int(self._wall_clock()))
                 with _generation(prepared, serving) as generation:
-                    # After the hand-over, so that an engine that has gone is told by a status.
-                    yield reply.start()
+                    is_begun = False
                     async for choice_idx, event in generation:
                         chunk = reply.feed(choice_idx, event)
+                        if not is_begun:
+                            # Only an engine that is at work knows what of the prompt was cached;
+                            # and one that has gone, or refuses, is told by a status.
+                            yield reply.start()
+                            is_begun = True
                         if reply.is_finished(choice_idx):
                             generation.cancel(choice_idx)
                         if chunk:
@@ -112,7 +116,8 @@ class Inference:
                 with _generation(prepared, serving) as generation:
                     async for choice_idx, event in generation:
                         reply.feed(choice_idx, event)
-                        watch.token()
+                        if event.token_ids:
+                            watch.token()
                         if reply.is_finished(choice_idx):
                             generation.cancel(choice_idx)
             completion = reply.completion()

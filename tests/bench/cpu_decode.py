@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def bench(name: str, source: ModelSource, options: argparse.Namespace) -> None:
-    engine, _ = load_engine(LoadModel(source=source), progress=lambda _: None)
+    engine, _ = load_engine(LoadModel(source=source, prefix_cache=False), progress=lambda _: None)
     oracle = load_oracle(source)
     cases: list[tuple[str, Callable[[], float], Callable[[], float] | None]] = [
         (

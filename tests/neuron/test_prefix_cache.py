@@ -2,6 +2,7 @@
 
 import pytest
 
+from cortex.core.openai import read_usage_comment
 from cortex.neuron.app import ENGINE_COMMAND
 from tests.support.neuron_http import Api, neuron
 
@@ -50,8 +51,14 @@ async def test_the_next_turn_of_a_chat_is_served_from_the_cache_and_reported(tmp
         assert first["prompt"] - 16 - 32 <= second["cached_tokens"] <= second["prompt"] - 1
 
         body = turn("What is the capital of France?", answer, "And two plus three?", stream=True)
-        events = (await api.post("/v1/chat/completions", body)).events
+        reply = await api.post("/v1/chat/completions", body)
+        # The first of all tells it already, for whoever opens an Anthropic stream with it.
+        told = read_usage_comment(reply.body.splitlines()[0])
+        events = reply.events
         streamed = events[-2]["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert told is not None
+        assert told.prompt_tokens_details is not None
+        assert told.prompt_tokens_details.cached_tokens == streamed
         assert streamed >= first["prompt"] - 16 - 32
         metrics = (await api.get("/metrics")).body.decode().splitlines()
         total = float(second["cached_tokens"] + streamed)

@@ -271,6 +271,7 @@ class Engine:
         for chunk in chunks:
             if chunk.sequence.num_pending:
                 self._keep(chunk.sequence)
+                self._announce(chunk.sequence)
         if sampled is None:
             return
         for row, sequence in enumerate(ready):
@@ -292,6 +293,16 @@ class Engine:
             if finish is not None:
                 self._keep(sequence, is_leaving=True)
                 self._remove(sequence)
+
+    def _announce(self, sequence: Sequence) -> None:
+        """Tell what was cached of a prompt as soon as its computation has begun."""
+        if not sequence.is_announced:
+            sequence.is_announced = True
+            self._events.append(
+                TokenEvent(
+                    request_id=sequence.request_id, cached_tokens=sequence.cached_tokens or 0
+                )
+            )
 
     def _keep(self, sequence: Sequence, *, is_leaving: bool = False) -> None:
         """Leave what was computed of a sequence to those that begin like it."""
@@ -318,6 +329,7 @@ class Engine:
         finish: FinishReason | None,
         logprob: Logprob | None,
     ) -> None:
+        sequence.is_announced = True
         self._events.append(
             TokenEvent(
                 request_id=sequence.request_id,

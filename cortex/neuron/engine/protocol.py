@@ -160,7 +160,8 @@ class TokenEvent(msgspec.Struct, kw_only=True, frozen=True):
     """New tokens of one sequence, or its end.
 
     A stop token that ended the sequence is included in `token_ids`. `cached_tokens` counts
-    prompt tokens taken from a prefix cache. `is_refusal` goes with an error for which the
+    prompt tokens taken from a prefix cache; a prompt that takes several steps has an event of
+    its own for it after the first. `is_refusal` goes with an error for which the
     request is to blame: it would end the same way again. `code` is the error's machine-readable
     cause where it has one.
     """

@@ -26,6 +26,7 @@ class Sequence:
         num_tabled_blocks: leading `blocks` the batch builder has written to its block table.
         images: those of the prompt, in order.
         cached_tokens: prompt tokens that were found in the caches when it was first admitted.
+        is_announced: whether an event has told `cached_tokens`.
         is_cacheable: whether it may go on from the prefix cache and leave something to it.
         keys: of its leading blocks, as far as they were needed.
         num_kept_blocks: leading `blocks` that the prefix cache has.
@@ -40,6 +41,7 @@ class Sequence:
         "constraint",
         "cuts",
         "images",
+        "is_announced",
         "is_cacheable",
         "kept_at",
         "keys",
@@ -80,6 +82,7 @@ class Sequence:
         self.images = images
         self.prompt_places = place_tokens(self.num_prompt_tokens, images) if images else None
         self.cached_tokens: int | None = None
+        self.is_announced = False
         self.is_cacheable = True
         self.keys: list[bytes] = []
         self.num_kept_blocks = 0

@@ -209,6 +209,17 @@ def test_a_request_that_samples_is_served_from_the_cache_too():
     assert len(bench.tokens(2)) == 5
 
 
+def test_what_was_cached_of_a_long_prompt_is_told_after_its_first_step():
+    bench = bench_of("dense", max_batched_tokens=32)
+    ask(bench, 1, PROMPT, 1)
+    bench.events.clear()
+    bench.submit(2, [*PROMPT[:40], *range(60)], 2)
+    for _ in range(5):
+        bench.step()
+    told = [(event.cached_tokens, len(event.token_ids)) for event in bench.events]
+    assert told == [(32, 0), (32, 1), (32, 1)]
+
+
 # Bounds
 
 
