@@ -29,6 +29,7 @@ STRUCTS = [
     config.TorchHarness,
     config.PrefixCacheConfig,
     config.Admission,
+    config.Vision,
     config.CommandHarness,
     command.CommandModel,
     catalogue.CatalogueModel,
@@ -47,6 +48,7 @@ TABLES = {
     "default_models",
     "harness",
     "admission",
+    "vision",
 }
 
 

@@ -170,6 +170,21 @@ class PrefixCacheConfig(_Config, frozen=True):
     max_entries: Count = 32
 
 
+HostPattern = Annotated[str, Meta(pattern=r"^(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]+)?$")]
+
+
+class Vision(_Config, frozen=True):
+    """`[harness.torch.vision]`: what the images of one request may be."""
+
+    max_images: Count = 32
+    max_image_mb: Count = 20  # as it is sent
+    max_megapixels: Count = 40  # as it is stored in its file
+    max_image_tokens: Annotated[int, Meta(gt=0, le=16384)] = 4096  # a larger one is scaled down
+    max_total_tokens: Count = 32768
+    url_hosts: list[HostPattern] = []  # where images may be fetched from; empty: from nowhere
+    fetch_s: Positive = 10.0  # limit of all fetches of a request
+
+
 class TorchHarness(_Config, frozen=True):
     """`[harness.torch]`: our own engine."""
 
@@ -192,6 +207,7 @@ class TorchHarness(_Config, frozen=True):
     stall_s: Positive = 300.0  # longest silence of an engine with work in hand
     idle_ttl_s: Positive | None = None  # None: models stay until they must make room
     admission: Admission = Admission()
+    vision: Vision = Vision()
 
     @property
     def prefixes(self) -> PrefixCacheConfig:

@@ -100,6 +100,12 @@ class UnsupportedFieldError(BadRequestError):
     code = "unsupported_field"
 
 
+class InvalidImageError(BadRequestError):
+    """An image is broken, of an unknown type, over a bound or not to be had."""
+
+    code = "invalid_image"
+
+
 class ContextLengthExceededError(BadRequestError):
     """The prompt does not fit the model's context window."""
 

@@ -21,6 +21,10 @@ MODEL_STATUSES: frozenset[str] = frozenset(
 )
 
 
+# The capability of a model that takes images.
+VISION = "vision"
+
+
 class Version(msgspec.Struct, kw_only=True, frozen=True):
     """`GET /version`."""
 

@@ -231,7 +231,7 @@ def _user_parts(block: Block, place: str) -> list[Part]:
         BadRequestError: something is missing, or all that the block says would be lost.
     """
     if block.type == "image":
-        return [_image_part(block.source)]
+        return [_image_part(block.source, place)]
     if block.type == "document" and isinstance(block.source, Source):
         return _document_parts(block, block.source, place)
     if block.text is not None:
@@ -270,13 +270,15 @@ def _content_parts(content: str | list[Block] | dict[str, Any] | None, place: st
     return []
 
 
-def _image_part(source: Source | str | None) -> ImagePart:
+def _image_part(source: Source | str | None, place: str) -> ImagePart:
     if not isinstance(source, Source) or not (source.url or source.data):
         raise BadRequestError(
-            "an image needs a source with base64 data or a url; stored files are not available",
-            param="source",
+            f"{place}: an image needs a source with base64 data or a url; stored files are not "
+            "available",
+            param=f"{place}.source",
         )
-    url = source.url or f"data:{source.media_type or 'image/png'};base64,{source.data}"
+    # Of a type that is not told, the data themselves tell.
+    url = source.url or f"data:{source.media_type or ''};base64,{source.data}"
     return ImagePart(image_url={"url": url})
 
 

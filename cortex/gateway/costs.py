@@ -51,12 +51,14 @@ class Demand(msgspec.Struct, kw_only=True, frozen=True):
 
     Attributes:
         prompt_tokens: how long its prompt is, about.
+        has_images: whether only models with eyes will do.
         cached: tokens of it that a replica is known to hold already.
         last_used: when a replica last got a prompt, in no unit. Of equal ones the one unused for
             longest is chosen, so that new prompts do not all crowd the caches of one.
     """
 
     prompt_tokens: int = ASSUMED_PROMPT_TOKENS
+    has_images: bool = False
     cached: Mapping[Replica, int] = {}
     last_used: Mapping[Replica, int] = {}
 

@@ -96,7 +96,7 @@ class Translator(Protocol):
 class _Journey:
     """What has happened to one request so far."""
 
-    def __init__(self, ask: Ask, timing: RequestTiming, decision: Decision) -> None:
+    def __init__(self, ask: Ask, timing: RequestTiming, decision: Decision, trip: Trip) -> None:
         self.ask = ask
         self.timing = timing
         self.decision = decision
@@ -110,7 +110,7 @@ class _Journey:
         self.is_checked = False
         self.routes = 0
         self.retries = 0
-        self.trip = Trip(ask.name, ask.body, ask.session)
+        self.trip = trip
         self.leg: Leg | None = None
         # A choice that was made to see whether there is anything to wait for.
         self.ready: Serve | None = None
@@ -246,7 +246,10 @@ class Dispatcher:
         Raises:
             CortexError: no node that lists the model answers.
         """
-        model_id = primary(self._fleet.snapshot(), self._live.catalogue, ask.name)
+        trip = Trip(ask.name, ask.body)
+        model_id = primary(
+            self._fleet.snapshot(), self._live.catalogue, ask.name, has_images=trip.has_images
+        )
         body = ask.body if model_id == ask.name else with_model(ask.body, model_id)
         error: CortexError | None = None
         for node in nodes_listing(self._fleet.snapshot(), model_id):
@@ -269,7 +272,7 @@ class Dispatcher:
                 error = exc
         if error is not None:
             raise error
-        route = self._routing.choose(Trip(ask.name, ask.body))
+        route = self._routing.choose(trip)
         if isinstance(route, Refuse):
             raise route.error
         raise ServiceUnavailableError(
@@ -279,7 +282,8 @@ class Dispatcher:
     def _begin(self, ask: Ask) -> _Journey:
         # Names that nobody knows are not made into labels: callers could make up any number.
         snapshot = self._fleet.snapshot()
-        model_id = primary(snapshot, self._live.catalogue, ask.name)
+        trip = Trip(ask.name, ask.body, ask.session)
+        model_id = primary(snapshot, self._live.catalogue, ask.name, has_images=trip.has_images)
         known = snapshot.lists(model_id) or self._live.catalogue.find(model_id) is not None
         timing = RequestTiming(
             model=model_id if known else "",
@@ -289,7 +293,7 @@ class Dispatcher:
         decision = self._decisions.begin(
             ask.request_id, ask.name, ask.caller.account_id, self._clock()
         )
-        return _Journey(ask, timing, decision)
+        return _Journey(ask, timing, decision, trip)
 
     def _enter(self, journey: _Journey) -> None:
         """Take a place among the model's callers.

@@ -3,7 +3,11 @@
 from collections.abc import Set as AbstractSet
 
 from cortex.core.catalogue import Catalogue
+from cortex.core.neuron_api import VISION
 from cortex.gateway.fleet import FleetSnapshot, NodeView
+
+# By its name and by the one that older configurations have for it.
+_OWN_ENGINES = ("torch", "candle")
 
 
 def can_serve(node: NodeView, model_id: str) -> bool:
@@ -48,9 +52,25 @@ def targets(snapshot: FleetSnapshot, catalogue: Catalogue, name: str) -> tuple[s
     return catalogue.targets(name, is_listed=snapshot.lists(name))
 
 
-def primary(snapshot: FleetSnapshot, catalogue: Catalogue, name: str) -> str:
+def may_see(snapshot: FleetSnapshot, model_id: str) -> bool:
+    """Whether a model may take images: False where all that list it know that it reads text only.
+
+    Of an external engine's model only the engine knows.
+    """
+    infos = [node.models[model_id] for node in snapshot.nodes if model_id in node.models]
+    return not infos or any(
+        VISION in info.capabilities or not info.capabilities or info.harness not in _OWN_ENGINES
+        for info in infos
+    )
+
+
+def primary(
+    snapshot: FleetSnapshot, catalogue: Catalogue, name: str, *, has_images: bool = False
+) -> str:
     """Return the model that would serve a name now: of a virtual model the first loaded one."""
     models = targets(snapshot, catalogue, name)
+    if has_images:
+        models = tuple(each for each in models if may_see(snapshot, each)) or models
     if len(models) == 1:
         return models[0]
     for model_id in models:

@@ -18,8 +18,9 @@ from cortex.core.errors import (
     ModelNotFoundError,
     ModelRecoveringError,
     ServiceUnavailableError,
+    UnsupportedFieldError,
 )
-from cortex.core.neuron_api import LoadRequest
+from cortex.core.neuron_api import VISION, LoadRequest
 from cortex.gateway.costs import Cost, Demand, Knowledge, warm_cost
 from cortex.gateway.fleet import FleetSnapshot, NodeView
 from cortex.gateway.placement import Placement, load_request, plan_placement
@@ -27,6 +28,7 @@ from cortex.gateway.roster import (
     available,
     can_serve,
     is_feasible,
+    may_see,
     not_serving,
     targets,
     unfit,
@@ -155,13 +157,19 @@ def choose_route(
 
     The cheapest loaded replica serves, for a virtual model one of its first loaded member; then a
     model that is recovering somewhere is waited for by the caller; then a load is joined or begun,
-    for a virtual model that of its first member which a node can take.
+    for a virtual model that of its first member which a node can take. A request with images goes
+    to none that reads text only.
 
     Args:
         avoid: nodes that failed this request already.
     """
     case = _Case(snapshot, catalogue, avoid, demand, known, policy)
     models = targets(snapshot, catalogue, name)
+    if demand.has_images:
+        seeing = tuple(each for each in models if may_see(snapshot, each))
+        if not seeing:
+            return Refuse(model_id=models[0], error=_blind(name))
+        models = seeing
     rejected: list[Rejection] = []
     for model_id in models:
         serve = case.warm(model_id, rejected)
@@ -188,6 +196,14 @@ def choose_route(
         return doubtful
     error = _refusal(snapshot, catalogue, name, models)
     return Refuse(model_id=models[0], error=error, considered=found)
+
+
+def _blind(name: str) -> UnsupportedFieldError:
+    return UnsupportedFieldError(
+        f"model '{name}' cannot take images, it reads text only; leave them out or choose a model "
+        f"whose capabilities in /v1/models name '{VISION}'",
+        param="messages",
+    )
 
 
 def further_placements(

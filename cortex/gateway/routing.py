@@ -13,6 +13,7 @@ from cortex.gateway.costs import ASSUMED_PROMPT_TOKENS, Demand, Knowledge, Repli
 from cortex.gateway.fleet import Fleet, FleetSnapshot
 from cortex.gateway.live import Live
 from cortex.gateway.metrics import RequestTiming
+from cortex.gateway.pictures import has_images, text_bytes
 from cortex.gateway.prefixes import MIN_EXPECTED_TOKENS, Chain, Match, PrefixIndex, chain_of
 from cortex.gateway.rates import RateBook
 from cortex.gateway.roster import nodes_serving, primary
@@ -31,11 +32,15 @@ class Trip:
         name: the model, alias or virtual model asked for.
         body: OpenAI-dialect JSON.
         session: names the conversation, where the caller says so.
+
+    Attributes:
+        has_images: whether only models with eyes will do.
     """
 
     def __init__(self, name: str, body: bytes, session: str = "") -> None:
         self.name = name
         self.body = body
+        self.has_images = has_images(body)
         self.session = session
         self.chain: Chain | None = None
         self.matches: dict[Replica, Match] = {}
@@ -90,7 +95,8 @@ class Leg:
             return
         if timing is None or not timing.prompt_tokens:
             return
-        routing.calibrate(replica[1], len(trip.body), timing.prompt_tokens)
+        if not trip.has_images:
+            routing.calibrate(replica[1], len(trip.body), timing.prompt_tokens)
         match = trip.matches.get(replica)
         if match is not None:
             routing.prefixes.learn(replica, match, timing.prompt_tokens, timing.cached_tokens)
@@ -120,7 +126,7 @@ class Routing:
         """Choose where a request goes next."""
         snapshot = self._fleet.snapshot()
         catalogue = self._live.catalogue
-        model_id = primary(snapshot, catalogue, trip.name)
+        model_id = primary(snapshot, catalogue, trip.name, has_images=trip.has_images)
         return choose_route(
             snapshot,
             catalogue,
@@ -208,12 +214,14 @@ class Routing:
 
     def _demand_of(self, trip: Trip, model_id: str) -> Demand:
         per_token = self._bytes_per_token.get(model_id, BYTES_PER_TOKEN)
-        prompt_tokens = int(len(trip.body) / per_token) or ASSUMED_PROMPT_TOKENS
+        num_bytes = text_bytes(trip.body, per_token) if trip.has_images else len(trip.body)
+        prompt_tokens = int(num_bytes / per_token) or ASSUMED_PROMPT_TOKENS
         cached = {replica: match.tokens(prompt_tokens) for replica, match in trip.matches.items()}
         # A short prompt crowds nobody's cache.
         is_long = prompt_tokens >= MIN_EXPECTED_TOKENS and trip.chain is not None
         return Demand(
             prompt_tokens=prompt_tokens,
+            has_images=trip.has_images,
             cached=cached,
             last_used=self.prefixes.last_used if is_long else {},
         )

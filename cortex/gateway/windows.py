@@ -17,6 +17,7 @@ import msgspec
 
 from cortex.core.completions import count_prompts
 from cortex.core.entitlements import ApiKey
+from cortex.gateway.pictures import text_bytes
 
 MINUTE_S = 60
 DAY_S = 86400
@@ -173,7 +174,7 @@ def estimate_tokens(body: bytes, reserve_output_tokens: int) -> tuple[int, int]:
     answer = reserve_output_tokens if asked is None else min(asked, reserve_output_tokens)
     numbers = (each for each in (sizes.n, sizes.best_of) if isinstance(each, int))
     num_answers = max([1, *numbers]) * count_prompts(sizes.prompt)
-    return len(body) // BYTES_PER_TOKEN, answer * num_answers
+    return text_bytes(body, BYTES_PER_TOKEN) // BYTES_PER_TOKEN, answer * num_answers
 
 
 def rate_headers(

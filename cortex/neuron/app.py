@@ -25,10 +25,12 @@ from cortex.core.config import (
 from cortex.core.errors import StartupError
 from cortex.neuron.accounts import Accounts
 from cortex.neuron.activation import Activator
+from cortex.neuron.chat.images import ImageLimits
 from cortex.neuron.chat.model import ChatModel, load_chat_model
 from cortex.neuron.command.harness import CommandHarness
 from cortex.neuron.discovery import Monitor, NvmlProbe, Probe
 from cortex.neuron.events import EventHub
+from cortex.neuron.fetch import ImageFetcher
 from cortex.neuron.guard import FleetGuard
 from cortex.neuron.handlers import Handlers
 from cortex.neuron.harness import Harness
@@ -121,6 +123,11 @@ async def open_app(
         lifecycle,
         accounts,
         open_chat=open_chat,
+        fetcher=ImageFetcher(
+            torch.vision.url_hosts,
+            max_bytes=torch.vision.max_image_mb << 20,
+            limit_s=torch.vision.fetch_s,
+        ),
         wall_clock=_unix_s,
     )
     # A thread of its own: the loop waits at its end for those of its default executor.
@@ -173,7 +180,19 @@ def _guarded(app: ASGIApp, secret: str | None, views: Views) -> ASGIApp:
 
 
 def _open_chat(entry: Entry, *, cache_dir: Path, config: TorchHarness) -> ChatModel:
-    chat = load_chat_model(entry.source, model_id=entry.id, cache_dir=cache_dir)
+    vision = config.vision
+    chat = load_chat_model(
+        entry.source,
+        model_id=entry.id,
+        cache_dir=cache_dir,
+        image_limits=ImageLimits(
+            max_images=vision.max_images,
+            max_bytes=vision.max_image_mb << 20,
+            max_pixels=vision.max_megapixels * 1_000_000,
+            max_tokens=vision.max_image_tokens,
+            max_total_tokens=vision.max_total_tokens,
+        ),
+    )
     return replace(
         chat,
         default_max_tokens=config.default_max_tokens,

@@ -26,10 +26,12 @@ from cortex.neuron.chat.completion import (
     PreparedTexts,
     prepare_texts,
 )
+from cortex.neuron.chat.images import ImageData, find_images
 from cortex.neuron.chat.model import ChatModel
-from cortex.neuron.chat.prepare import Prepared, prepare, prompt_text
+from cortex.neuron.chat.prepare import Prepared, prepare, prompt_ids, prompt_text
 from cortex.neuron.chat.stream import ChatCollector, ChatStream
 from cortex.neuron.engine_client import EngineClient, Generation
+from cortex.neuron.fetch import ImageFetcher
 from cortex.neuron.lifecycle import Lifecycle
 from cortex.neuron.models.source import ModelSource
 from cortex.neuron.native import OpenChat
@@ -48,6 +50,7 @@ class Inference:
     """Answers requests for chat and for text completions with the models of a lifecycle.
 
     Args:
+        fetcher: gets images that are elsewhere.
         wall_clock: Unix seconds.
     """
 
@@ -57,11 +60,13 @@ class Inference:
         accounts: Accounts,
         *,
         open_chat: OpenChat,
+        fetcher: ImageFetcher,
         wall_clock: Callable[[], float],
     ) -> None:
         self._lifecycle = lifecycle
         self._accounts = accounts
         self._open_chat = open_chat
+        self._fetcher = fetcher
         self._wall_clock = wall_clock
         self._idle_chats: OrderedDict[ModelSource, asyncio.Future[ChatModel]] = OrderedDict()
         self._threads = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
@@ -135,7 +140,7 @@ class Inference:
             raise BadRequestError("give either messages or prompt", param="messages")
         chat = await self._chat_model(request.model)
         if request.prompt is not None:
-            count, ids = await self._in_thread(_tokens, request.prompt, request, chat)
+            count, ids = await self._in_thread(_tokens, request.prompt, request, chat, {})
         else:
             assert request.messages is not None
             if not request.messages:
@@ -147,7 +152,8 @@ class Inference:
                 tool_choice=request.tool_choice,
                 chat_template_kwargs=request.chat_template_kwargs,
             )
-            count, ids = await self._in_thread(_tokens, chat_request, request, chat)
+            fetched = await self._fetch(chat_request, chat)
+            count, ids = await self._in_thread(_tokens, chat_request, request, chat, fetched)
         return TokenizeResponse(count=count, tokens=ids, max_model_len=chat.max_model_len)
 
     async def _prepare(
@@ -158,7 +164,14 @@ class Inference:
         assert serving.chat is not None
         if isinstance(request, CompletionRequest):
             return await self._in_thread(prepare_texts, request, serving.chat)
-        return await self._in_thread(prepare, request, serving.chat)
+        fetched = await self._fetch(request, serving.chat)
+        return await self._in_thread(prepare, request, serving.chat, fetched)
+
+    async def _fetch(self, request: ChatRequest, chat: ChatModel) -> dict[str, ImageData]:
+        """Return the images that are elsewhere; for a model without eyes none is asked for."""
+        if chat.images is None:
+            return {}
+        return await self._fetcher.fetch(find_images(request.messages))
 
     async def _chat_model(self, model_id: str) -> ChatModel:
         model = self._lifecycle.model(model_id)
@@ -186,9 +199,15 @@ class Inference:
 
 
 def _tokens(
-    prompt: str | ChatRequest, asked: TokenizeRequest, chat: ChatModel
+    prompt: str | ChatRequest,
+    asked: TokenizeRequest,
+    chat: ChatModel,
+    fetched: dict[str, ImageData],
 ) -> tuple[int, list[int] | None]:
     """Return how many tokens a prompt has, and which, if they are asked for."""
+    if not isinstance(prompt, str) and find_images(prompt.messages):
+        ids = prompt_ids(prompt, chat, fetched)
+        return len(ids), ids if asked.return_tokens else None
     text = prompt if isinstance(prompt, str) else prompt_text(prompt, chat)
     if not asked.return_tokens:
         return chat.tokenizer.count(text), None
@@ -202,7 +221,8 @@ def _generation(prepared: Prepared | PreparedTexts, serving: Serving) -> Iterato
     requests = [prepared.submit(0, choice_idx) for choice_idx in range(prepared.num_choices)]
     engine = serving.engine
     assert isinstance(engine, EngineClient)
-    generation = engine.submit(requests)
+    pixels = prepared.pixels if isinstance(prepared, Prepared) else ()
+    generation = engine.submit(requests, pixels)
     try:
         yield generation
     finally:

@@ -7,6 +7,7 @@ import msgspec
 from cortex.core.build import version
 from cortex.core.command import CommandModel
 from cortex.core.neuron_api import (
+    VISION,
     Activation,
     DeviceHealth,
     Discovery,
@@ -30,6 +31,7 @@ from cortex.neuron.kernels.build import features
 from cortex.neuron.library import Entry
 from cortex.neuron.lifecycle import Lifecycle
 from cortex.neuron.metrics import GaugeSnapshot
+from cortex.neuron.models.facts import ModelFacts
 from cortex.neuron.resident import Model
 
 MIB = 1 << 20
@@ -183,7 +185,7 @@ class Views:
             weight_bytes=None if facts is None else facts.weight_bytes,
             need_bytes=self._need_bytes(harness, entry),
             num_devices=1 if command is None else command.span,
-            capabilities=_capabilities(command),
+            capabilities=_capabilities(command, facts),
             limit=self._limit(None, entry),
             tool_call=tool_call,
             reasoning=reasoning,
@@ -217,7 +219,7 @@ class Views:
             cache_bytes=None if loaded is None or claim is None else loaded.cache_bytes,
             prefix_match=None if loaded is None else loaded.prefix_match,
             need_bytes=need,
-            capabilities=_capabilities(command),
+            capabilities=_capabilities(command, facts),
             limit=self._limit(model, entry),
             tool_call=tool_call,
             reasoning=reasoning,
@@ -254,8 +256,13 @@ class Views:
         return Limit(context=min(longest, self._max_model_len or longest))
 
 
-def _capabilities(command: CommandModel | None) -> list[str]:
-    return ["text"] if command is None else command.capabilities
+def _capabilities(command: CommandModel | None, facts: ModelFacts | None) -> list[str]:
+    """Return what a model takes and gives; nothing where that is not known yet."""
+    if command is not None:
+        return command.capabilities
+    if facts is None:
+        return []
+    return ["text", VISION] if facts.takes_images else ["text"]
 
 
 def _traits(

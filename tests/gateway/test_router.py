@@ -1,7 +1,9 @@
 """The choice of a node: who serves, who loads, and what a caller is told."""
 
+from dataclasses import replace
 from types import MappingProxyType
 
+import msgspec
 import pytest
 
 from cortex.core.catalogue import Catalogue, CatalogueModel
@@ -22,7 +24,7 @@ from cortex.core.neuron_api import (
 )
 from cortex.gateway.costs import Demand, Knowledge
 from cortex.gateway.fleet import FleetSnapshot, NodeView
-from cortex.gateway.roster import available, nodes_listing
+from cortex.gateway.roster import available, nodes_listing, primary
 from cortex.gateway.router import (
     ColdLoad,
     LoadPlan,
@@ -393,3 +395,49 @@ def test_no_further_replica_is_loaded_without_need_or_room(
     route = choose_route(fleet(node("a", m="loaded"), other), EMPTY, "m", known=known)
     assert isinstance(route, Serve)
     assert route.spread is None
+
+
+def seeing(view: NodeView, **capabilities: list[str]) -> NodeView:
+    """Return a node with what its models can do."""
+    models = {
+        name: msgspec.structs.replace(info, capabilities=capabilities.get(name, []))
+        for name, info in view.models.items()
+    }
+    return replace(view, models=models)
+
+
+IMAGES = Demand(has_images=True)
+
+
+def test_a_request_with_images_is_refused_where_the_model_reads_text_only() -> None:
+    snapshot = fleet(seeing(node("a", m="unloaded"), m=["text"]))
+    error = refusal(choose_route(snapshot, EMPTY, "m", demand=IMAGES))
+    assert (error.status, error.code) == (400, "unsupported_field")
+    assert "model 'm' cannot take images" in error.message
+    assert isinstance(choose_route(snapshot, EMPTY, "m"), ColdLoad)
+
+
+@pytest.mark.parametrize("capabilities", [["text", "vision"], []])
+def test_a_request_with_images_goes_where_the_model_sees_or_nobody_knows(
+    capabilities: list[str],
+) -> None:
+    snapshot = fleet(seeing(node("a", m="loaded"), m=capabilities))
+    assert isinstance(choose_route(snapshot, EMPTY, "m", demand=IMAGES), Serve)
+
+
+def test_an_external_engine_is_the_judge_of_images() -> None:
+    view = seeing(node("a", m="loaded"), m=["text"])
+    models = {"m": msgspec.structs.replace(view.models["m"], harness="command")}
+    snapshot = fleet(replace(view, models=models))
+    assert isinstance(choose_route(snapshot, EMPTY, "m", demand=IMAGES), Serve)
+
+
+def test_of_a_virtual_model_the_first_member_that_sees_takes_images() -> None:
+    view = seeing(
+        node("a", first="loaded", second="loaded"), first=["text"], second=["text", "vision"]
+    )
+    route = choose_route(fleet(view), VIRTUAL, "v", demand=IMAGES)
+    assert isinstance(route, Serve)
+    assert route.model_id == "second"
+    assert primary(fleet(view), VIRTUAL, "v", has_images=True) == "second"
+    assert primary(fleet(view), VIRTUAL, "v") == "first"

@@ -277,26 +277,39 @@ CHAT_TEMPLATE = (
     "{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# With a loop over parts, as templates of models with eyes have it.
+VISION_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKER_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 
 
-def write_tokenizer(directory: pathlib.Path) -> None:
+def write_tokenizer(directory: pathlib.Path, *, has_vision: bool = False) -> None:
     """Write a tokenizer of single bytes with chat markers, and a ChatML template.
 
     Ids 0..2 are special, 2 is `EOS_ID`; 3..6 are markers that stay in decoded text; the 256
-    bytes follow. Higher ids of the tiny models have no token, as in real padded vocabularies.
+    bytes follow, and with `has_vision` three special ones, `IMAGE_TOKEN_ID` among them. Higher
+    ids of the tiny models have no token, as in real padded vocabularies.
     """
+    vision = VISION_TOKENS if has_vision else ()
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    names = [*SPECIAL_TOKENS, *MARKER_TOKENS, *alphabet]
+    names = [*SPECIAL_TOKENS, *MARKER_TOKENS, *alphabet, *vision]
     vocab = {name: index for index, name in enumerate(names)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_special_tokens([*SPECIAL_TOKENS, *vision])
     tokenizer.add_tokens([tokenizers.AddedToken(name, special=False) for name in MARKER_TOKENS])
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"eos_token": SPECIAL_TOKENS[2], "chat_template": CHAT_TEMPLATE}
+    template = VISION_CHAT_TEMPLATE if has_vision else CHAT_TEMPLATE
+    settings = {"eos_token": SPECIAL_TOKENS[2], "chat_template": template}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

@@ -1,10 +1,12 @@
 """What the chat layer knows of a checkpoint: tokenizer, template, limits, sampling defaults."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from cortex.core.neuron_api import LoadRequest, ToolFormat
 from cortex.neuron.chat.formats import SYNTAXES, CallSyntax
+from cortex.neuron.chat.images import ImageLimits, ImageReader
 from cortex.neuron.chat.template import ChatTemplate
 from cortex.neuron.chat.templatefiles import (
     TemplateTexts,
@@ -36,6 +38,7 @@ class ChatModel:
         max_model_len: tokens of prompt and answer together; the engine may allow fewer, see
             `dataclasses.replace`.
         default_max_tokens: length of an answer whose request sets no limit.
+        images: None where the model reads text only.
     """
 
     model_id: str
@@ -47,6 +50,7 @@ class ChatModel:
     max_model_len: int
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     default_max_tokens: int = DEFAULT_MAX_TOKENS
+    images: ImageReader | None = None
 
     def asked(self, request: LoadRequest) -> "ChatModel":
         """Return the model with what a load request sets; what it leaves out stays."""
@@ -81,11 +85,18 @@ class ChatModel:
         return template is not None and template.takes_tools and self.call_syntax is not None
 
 
-def load_chat_model(source: ModelSource, *, model_id: str, cache_dir: Path) -> ChatModel:
+def load_chat_model(
+    source: ModelSource,
+    *,
+    model_id: str,
+    cache_dir: Path,
+    image_limits: ImageLimits | None = None,
+) -> ChatModel:
     """Read a checkpoint's small files; takes up to seconds, so call it from a thread.
 
     Args:
         cache_dir: where a tokenizer.json is written for checkpoints that have none as such.
+        image_limits: of requests to a model with eyes.
 
     Raises:
         CheckpointError: a file is missing, damaged or of an unsupported kind; names it.
@@ -101,20 +112,26 @@ def load_chat_model(source: ModelSource, *, model_id: str, cache_dir: Path) -> C
         tokenizer = tokenizer_from_directory(path, cache_dir=cache_dir, eos_ids=eos_ids)
         templates = templates_in_directory(path)
     texts = templates or TemplateTexts(default="")
+    vision = config.model.vision
+    compiled = partial(_compile, model_id=model_id, tokenizer=tokenizer, takes_images=bool(vision))
     return ChatModel(
         model_id=model_id,
         tokenizer=tokenizer,
-        template=_compile(texts.default, model_id, tokenizer) if templates else None,
-        tool_template=_compile(texts.tool_use, model_id, tokenizer) if texts.tool_use else None,
+        template=compiled(texts.default) if templates else None,
+        tool_template=compiled(texts.tool_use) if texts.tool_use else None,
         max_model_len=config.model.max_position_embeddings,
         defaults=config.generation,
+        images=None if vision is None else ImageReader(vision, image_limits or ImageLimits()),
     )
 
 
-def _compile(text: str, model_id: str, tokenizer: ChatTokenizer) -> ChatTemplate:
+def _compile(
+    text: str, *, model_id: str, tokenizer: ChatTokenizer, takes_images: bool
+) -> ChatTemplate:
     return ChatTemplate(
         text,
         model_id=model_id,
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
+        takes_images=takes_images,
     )

@@ -1,6 +1,6 @@
 """A chat request to what the engine needs: prompt ids, sampling, limits, grammar."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,15 +26,18 @@ from cortex.neuron.chat.grammar import (
     json_answer,
     optional_calls,
 )
+from cortex.neuron.chat.images import ImageData, OpenedImage, expand, find_images, spans_of
 from cortex.neuron.chat.model import ChatModel
 from cortex.neuron.chat.output import OutputSpec
 from cortex.neuron.chat.schema import ToolTable
 from cortex.neuron.chat.template import ChatTemplate
 from cortex.neuron.chat.tokenizer import ChatTokenizer
-from cortex.neuron.engine.protocol import Constraint, Sampling, Submit
+from cortex.neuron.engine.protocol import Constraint, ImageSpan, Sampling, Submit
 
 # OpenAI's documented default, for checkpoints that do not say how they want to be sampled.
 DEFAULT_TEMPERATURE = 1.0
+
+_NOTHING: Mapping[str, ImageData] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,7 @@ class Prepared:
         num_choices: sequences to submit (`n`).
         logprobs: whether the answer carries log probabilities.
         context_ids: the tokens that the output's text goes on from; none where it begins anew.
+        spans, pixels: of the images.
     """
 
     tokenizer: ChatTokenizer
@@ -59,6 +63,8 @@ class Prepared:
     include_usage: bool
     logprobs: bool
     context_ids: Sequence[int] = ()
+    spans: Sequence[ImageSpan] = ()
+    pixels: Sequence[bytes] = ()
 
     def submit(self, request_id: int, choice_idx: int = 0) -> Submit:
         """Return the engine's command for one choice; with a seed, choices still differ."""
@@ -72,15 +78,23 @@ class Prepared:
             stop_ids=list(self.stop_ids),
             sampling=sampling,
             constraint=self.constraint,
+            images=list(self.spans),
         )
 
 
-def prepare(request: ChatRequest, model: ChatModel) -> Prepared:
+def prepare(
+    request: ChatRequest, model: ChatModel, fetched: Mapping[str, ImageData] = _NOTHING
+) -> Prepared:
     """Return what the engine and the reply need of a request.
 
-    Takes tens of milliseconds for a prompt of an agent, so call it from a thread.
+    Takes tens of milliseconds for a prompt of an agent and for each image, so call it from a
+    thread.
+
+    Args:
+        fetched: the images that are elsewhere, by address.
 
     Raises:
+        InvalidImageError: an image cannot be read or is over a bound.
         UnsupportedFieldError: the request asks for what this model or server cannot do.
         TemplateRenderError: the chat template refused the messages.
         ContextLengthExceededError: the prompt leaves no room for an answer.
@@ -91,7 +105,11 @@ def prepare(request: ChatRequest, model: ChatModel) -> Prepared:
     template = _template_of(model, has_tools=bool(offered))
     syntax = _syntax_of(model, offered)
     text = _render(request, template, offered)
-    prompt_ids = _encode(text, model)
+    check_length(text, model, "messages")
+    prompt_ids, opened, starts = _encode(text, request, model, fetched)
+    check_room(prompt_ids, model, "messages")
+    # Nothing is decoded before all of it is known to be within the bounds.
+    images = [each.decode() for each in opened]
     asked_tokens = request.max_completion_tokens or request.max_tokens or model.default_max_tokens
     thinking = _thinking_after(text, template, model.tokenizer)
     markers = Markers.of(
@@ -134,6 +152,8 @@ def prepare(request: ChatRequest, model: ChatModel) -> Prepared:
         stream=bool(request.stream),
         include_usage=request.include_usage,
         logprobs=bool(request.logprobs),
+        spans=spans_of(images, starts),
+        pixels=[each.pixels for each in images],
     )
 
 
@@ -141,6 +161,16 @@ def prompt_text(request: ChatRequest, model: ChatModel) -> str:
     """Return the prompt's text alone, for counting; raises as `prepare`, but not on length."""
     tools = _active_tools(request)
     return _render(request, _template_of(model, has_tools=bool(tools)), tools)
+
+
+def prompt_ids(
+    request: ChatRequest, model: ChatModel, fetched: Mapping[str, ImageData] = _NOTHING
+) -> list[int]:
+    """Return the ids of a prompt with images, for counting; raises as `prompt_text`.
+
+    Of an image no more than its size is read.
+    """
+    return _encode(prompt_text(request, model), request, model, fetched)[0]
 
 
 def _template_of(model: ChatModel, *, has_tools: bool) -> ChatTemplate:
@@ -228,11 +258,19 @@ def _render(request: ChatRequest, template: ChatTemplate, tools: list[Tool]) -> 
     return template.render(request.messages, tools, template_kwargs=kwargs)
 
 
-def _encode(text: str, model: ChatModel) -> list[int]:
-    check_length(text, model, "messages")
+def _encode(
+    text: str, request: ChatRequest, model: ChatModel, fetched: Mapping[str, ImageData]
+) -> tuple[list[int], list[OpenedImage], list[int]]:
+    """Return the prompt, its images, and the index of each one's first token."""
     ids = model.tokenizer.encode(text)
-    check_room(ids, model, "messages")
-    return ids
+    refs = find_images(request.messages)
+    if not refs:
+        return ids, [], []
+    assert model.images is not None, "a template took images for a model without eyes"
+    opened = model.images.open(refs, fetched)
+    counts = [each.num_tokens for each in opened]
+    expanded, starts = expand(ids, counts, model.images.image_token_id, model.model_id)
+    return expanded, opened, starts
 
 
 def check_length(text: str, model: ChatModel, param: str) -> None:

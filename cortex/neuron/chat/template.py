@@ -21,6 +21,7 @@ from cortex.core.errors import (
 from cortex.core.neuron_api import ToolFormat
 from cortex.core.openai import (
     FunctionCall,
+    ImagePart,
     Message,
     Part,
     RefusalPart,
@@ -92,6 +93,9 @@ def _environment(now: Now) -> Sandbox:
 class ChatTemplate:
     """A compiled chat template and what its source tells about the model.
 
+    Args:
+        takes_images: whether the model has eyes; its template is then shown where images stand.
+
     Attributes:
         takes_tools: it renders `tools`.
         tool_format: how the model writes calls; None where the source does not say.
@@ -107,6 +111,7 @@ class ChatTemplate:
         model_id: str,
         bos_token: str = "",
         eos_token: str = "",
+        takes_images: bool = False,
         now: Now = datetime.now,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -132,6 +137,7 @@ class ChatTemplate:
         reads_parts = bool(_READS_PARTS.search(source))
         self._wants_parts = reads_parts and not _TESTS_STRING.search(source)
         self._takes_parts = reads_parts
+        self._takes_images = takes_images and reads_parts
         self._takes_objects = self._renders_objects()
 
     def _renders_objects(self) -> bool:
@@ -256,10 +262,14 @@ class ChatTemplate:
         if message.content is None or isinstance(message.content, str):
             text = message.content or ""
             return [{"type": "text", "text": text}] if self._wants_parts and text else text
-        texts = [self._part_text(at, i, part) for i, part in enumerate(message.content)]
         if self._takes_parts:
-            return [{"type": "text", "text": text} for text in texts]
-        return "\n".join(texts)
+            return [self._plain_part(at, i, part) for i, part in enumerate(message.content)]
+        return "\n".join(self._part_text(at, i, part) for i, part in enumerate(message.content))
+
+    def _plain_part(self, at: int, part_at: int, part: Part) -> dict[str, str]:
+        if self._takes_images and isinstance(part, ImagePart):
+            return {"type": "image"}
+        return {"type": "text", "text": self._part_text(at, part_at, part)}
 
     def _part_text(self, at: int, part_at: int, part: Part) -> str:
         if isinstance(part, TextPart):
@@ -268,7 +278,7 @@ class ChatTemplate:
             return part.refusal
         kind = _PART_NAMES[type(part).__name__]
         raise UnsupportedFieldError(
-            f"model {self._model_id!r} reads text only and cannot take {kind}; "
+            f"model {self._model_id!r} cannot take {kind}; "
             "remove that part or choose another model",
             param=f"messages[{at}].content[{part_at}]",
         )
@@ -318,6 +328,10 @@ def _short_id(call_id: str) -> str:
     )
 
 
+def _has_images(content: str | list[dict[str, str]]) -> bool:
+    return any(part["type"] == "image" for part in content if isinstance(part, dict))
+
+
 def _joined(content: str | list[dict[str, str]]) -> str:
     if isinstance(content, str):
         return content
@@ -332,7 +346,7 @@ def _fold_leading_system(turns: list[dict[str, Any]]) -> list[dict[str, Any]] | 
     lead = 0
     while lead < len(turns) and turns[lead]["role"] == "system":
         lead += 1
-    if lead < 2:
+    if lead < 2 or any(_has_images(turn["content"]) for turn in turns[:lead]):
         return None
     text = "\n\n".join(_joined(turn["content"]) for turn in turns[:lead])
     return [{"role": "system", "content": text}, *turns[lead:]]

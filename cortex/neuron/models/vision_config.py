@@ -83,7 +83,7 @@ class VisionConfig(msgspec.Struct, kw_only=True, frozen=True):
         most = min(self.rules.max_pixels, max_pixels or self.rules.max_pixels)
         least = min(self.rules.min_pixels, most)
         # Banker's rounding, as the towers were trained with.
-        wide, high = (max(side, round(each / side) * side) for each in (width, height))
+        wide, high = (round(each / side) * side for each in (width, height))
         if wide * high > most:
             shrink = math.sqrt(width * height / most)
             wide, high = (
