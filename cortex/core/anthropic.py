@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from cortex.core.decode import decode_query
-from cortex.core.errors import CortexError
+from cortex.core.errors import ContextLengthExceededError, CortexError
 from cortex.core.openai import (
     MAX_MESSAGES,
     MAX_STOPS,
@@ -368,7 +368,17 @@ def error_body(exc: CortexError) -> bytes:
     """Return an error in this dialect's envelope."""
     fallback = "api_error" if exc.status >= 500 else "invalid_request_error"
     kind = _ERROR_TYPES.get(exc.status, fallback)
-    return _encoder.encode(ErrorResponse(error=ErrorDetail(type=kind, message=exc.message)))
+    return _encoder.encode(ErrorResponse(error=ErrorDetail(type=kind, message=_message(exc))))
+
+
+def _message(exc: CortexError) -> str:
+    """Return what an error says; clients shorten a conversation of which they read `too long`."""
+    if exc.code != ContextLengthExceededError.code:
+        return exc.message
+    match exc.extras:
+        case {"prompt_len": int(num_tokens), "max": int(limit)}:
+            return f"prompt is too long: {num_tokens} tokens > {limit} maximum; shorten it"
+    return f"prompt is too long: {exc.message}"
 
 
 def error_event(exc: CortexError) -> bytes:

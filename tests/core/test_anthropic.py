@@ -21,7 +21,6 @@ def decode(**fields: Any) -> MessagesRequest:
     ("error", "kind"),
     [
         (errors.BadRequestError("x"), "invalid_request_error"),
-        (errors.ContextLengthExceededError("x"), "invalid_request_error"),
         (errors.AuthenticationError("x"), "authentication_error"),
         (RemoteError("x", status=403, code="no"), "permission_error"),
         (errors.ModelNotFoundError("x"), "not_found_error"),
@@ -39,6 +38,28 @@ def test_an_error_has_the_type_that_goes_with_its_status(error: CortexError, kin
     assert msgspec.json.decode(anthropic.error_body(error)) == {
         "type": "error",
         "error": {"type": kind, "message": "x"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("extras", "message"),
+    [
+        ({"prompt_len": 41570, "max": 8192}, "41570 tokens > 8192 maximum; shorten it"),
+        ({}, "the engine's words"),
+    ],
+)
+def test_a_prompt_over_the_window_is_said_in_the_words_that_clients_shorten_it_for(
+    extras: dict[str, object], message: str
+):
+    refusal = RemoteError(
+        "the engine's words", status=400, code="context_length_exceeded", extras=extras
+    )
+    assert msgspec.json.decode(anthropic.error_body(refusal)) == {
+        "type": "error",
+        "error": {
+            "type": "invalid_request_error",
+            "message": f"prompt is too long: {message}",
+        },
     }
 
 

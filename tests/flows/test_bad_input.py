@@ -124,7 +124,7 @@ async def test_text_completions_say_what_is_wrong(
             {**OK, "messages": [{"role": "user", "content": "word " * 40_000}]},
             400,
             "invalid_request_error",
-            "maximum context length",
+            "> 65536 maximum",
         ),
     ],
 )

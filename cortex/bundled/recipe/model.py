@@ -27,7 +27,7 @@ def make_config(vocab_size: int, eos_id: int, pad_id: int) -> Qwen3_5TextConfig:
         linear_key_head_dim=48,
         linear_value_head_dim=48,
         linear_conv_kernel_dim=4,
-        max_position_embeddings=8192,
+        max_position_embeddings=65536,
         tie_word_embeddings=True,
         rope_parameters={
             "rope_type": "default",
