@@ -79,7 +79,7 @@ class ResponsesConfig(_Config, frozen=True):
 
     store_file: str | None = None
     max_count: Count = 4096
-    max_mb: Count = 256
+    max_mb: Count = 64
     max_age_s: Positive = 2_592_000.0  # 30 days
 
 

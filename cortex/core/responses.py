@@ -399,6 +399,13 @@ class Response(msgspec.Struct, kw_only=True, frozen=True):
     user: str | None = None
 
 
+class InputTokens(msgspec.Struct, kw_only=True, frozen=True):
+    """Answer of `POST /v1/responses/input_tokens`."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
+
+
 class Deleted(msgspec.Struct, kw_only=True, frozen=True):
     """Answer of `DELETE /v1/responses/{id}`."""
 

@@ -89,7 +89,7 @@ async def open_apps(
     failure: Exception | None = None
     routing = Routing(live, fleet, RateBook(), clock=clock)
     async with (
-        open_store(lambda: live.config.responses, wall_clock) as store,
+        open_store(lambda: live.config.responses, wall_clock, metrics.record_kept) as store,
         open_client(settings.connect_s, config) as client,
         asyncio.TaskGroup() as tasks,
     ):

@@ -1,7 +1,6 @@
 """The gateway's HTTP routes: read what must be read, hand the rest to the dispatcher."""
 
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -25,8 +24,9 @@ from cortex.core.web import (
     json_response,
 )
 from cortex.gateway.auth import Caller, refusal
+from cortex.gateway.counting import count_tokens
 from cortex.gateway.decisions import Decisions
-from cortex.gateway.dispatch import Ask, Dispatcher
+from cortex.gateway.dispatch import Dispatcher
 from cortex.gateway.edge import visit_of
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.intake import (
@@ -46,32 +46,12 @@ from cortex.gateway.usage import usage_report
 from cortex.gateway.views import ConfigReport, health_report, model_card, model_cards
 
 COMPLETIONS_PATH = "/v1/completions"
-TOKENIZE_PATH = "/v1/tokenize"
 
 _head_decoder = msgspec.json.Decoder(openai.RequestHead)
 _messages_decoder = msgspec.json.Decoder(anthropic.MessagesRequest)
 _count_decoder = msgspec.json.Decoder(anthropic.CountTokensRequest)
 _completion_decoder = msgspec.json.Decoder(openai.ChatCompletion)
 _encoder = msgspec.json.Encoder()
-
-
-class _TokenizeRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """Body of a neuron's `POST /v1/tokenize`."""
-
-    model: str
-    messages: list[openai.Message]
-    tools: list[openai.Tool] | None = None
-    tool_choice: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
-class _TokenizeResponse(msgspec.Struct, kw_only=True):
-    """Its answer."""
-
-    count: int
-
-
-_tokenize_decoder = msgspec.json.Decoder(_TokenizeResponse)
 
 
 class Handlers:
@@ -230,19 +210,7 @@ class Handlers:
         chat = translate.to_openai(
             message, drop_billing_header=self._live.settings.strip_billing_header
         )
-        asked = _TokenizeRequest(
-            model=chat.model,
-            messages=chat.messages,
-            tools=chat.tools,
-            # The one choice that changes a prompt: it hides the tools.
-            tool_choice="none" if chat.tool_choice == "none" else None,
-            chat_template_kwargs=chat.chat_template_kwargs,
-        )
-        ask = Ask(
-            name=message.model, path=TOKENIZE_PATH, body=_encoder.encode(asked), caller=caller
-        )
-        answer = await cancel_on_disconnect(request, self._dispatcher.tokenize(ask))
-        count = decode_answer(_tokenize_decoder, answer).count
+        count = await count_tokens(request, self._dispatcher, chat)
         return json_response(anthropic.CountTokensResponse(input_tokens=count))
 
 

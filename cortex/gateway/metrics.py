@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -141,6 +141,12 @@ class Metrics:
             "Calls of the store of limits that failed or were not made.",
             registry=self.registry,
         )
+        self._kept = Gauge(
+            "cortex_responses_kept", "Responses that are kept.", registry=self.registry
+        )
+        self._kept_bytes = Gauge(
+            "cortex_responses_kept_bytes", "Bytes of kept responses.", registry=self.registry
+        )
         self._loads = Counter(
             "cortex_model_loads",
             "Loads that ended, by outcome (loaded, failed).",
@@ -227,6 +233,11 @@ class Metrics:
     def record_refusal(self, account: str, key: str, limit: str) -> None:
         """Count a request that a limit of its key turned away."""
         self._refusals.labels(account, key, limit).inc()
+
+    def record_kept(self, count: int, size_bytes: int) -> None:
+        """Note how many responses are kept, and their size; from any thread."""
+        self._kept.set(count)
+        self._kept_bytes.set(size_bytes)
 
     def record_unauthorized(self) -> None:
         """Count a request without a key that may."""

@@ -80,6 +80,13 @@ OPERATIONS = (
         streams=True,
     ),
     Operation(
+        method="POST",
+        path="/v1/responses/input_tokens",
+        summary="Count the tokens of a request for a response",
+        body=responses.ResponsesRequest,
+        answers=(responses.InputTokens,),
+    ),
+    Operation(
         method="GET",
         path="/v1/responses/{response_id}",
         summary="A response that is kept or being made",

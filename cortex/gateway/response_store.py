@@ -104,6 +104,7 @@ class ResponseStore:
     Args:
         settings: the bounds of this moment.
         wall_clock: seconds since 1970.
+        on_change: told, on the store's own thread, how many responses there are, and their bytes.
     """
 
     def __init__(
@@ -112,11 +113,17 @@ class ResponseStore:
         thread: ThreadPoolExecutor,
         settings: Callable[[], ResponsesConfig],
         wall_clock: Callable[[], float],
+        on_change: Callable[[int, int], None],
     ) -> None:
         self._database = database
         self._thread = thread
         self._settings = settings
         self._wall_clock = wall_clock
+        self._on_change = on_change
+
+    async def look(self) -> None:
+        """Tell what is kept."""
+        await self._run(lambda: self._on_change(*self._standing()))
 
     async def put(self, kept: Kept) -> bool:
         """Keep a response; False if it alone is over the bounds.
@@ -197,12 +204,17 @@ class ResponseStore:
                 [(kept.owner, item_id, kept.id) for item_id in _by_id(_all_items(kept))],
             )
             self._make_room(bounds, now_s)
+        self._on_change(*self._standing())
         return True
+
+    def _standing(self) -> tuple[int, int]:
+        found = self._database.execute("SELECT COUNT(*), SUM(size) FROM responses").fetchone()
+        return found[0], found[1] or 0
 
     def _make_room(self, bounds: ResponsesConfig, now_s: float) -> None:
         database = self._database
         database.execute("DELETE FROM responses WHERE created_s < ?", (now_s - bounds.max_age_s,))
-        count, size = database.execute("SELECT COUNT(*), SUM(size) FROM responses").fetchone()
+        count, size = self._standing()
         oldest = database.execute("SELECT id, size FROM responses ORDER BY used")
         leaving: list[tuple[str]] = []
         while count > bounds.max_count or size > bounds.max_mb << 20:
@@ -235,6 +247,7 @@ class ResponseStore:
         self._get(owner, response_id)
         with self._writing() as database:
             database.execute("DELETE FROM responses WHERE id = ?", (response_id,))
+        self._on_change(*self._standing())
 
     def _conversation(self, owner: str, response_id: str) -> list[msgspec.Raw]:
         chain: list[Kept] = []
@@ -292,9 +305,11 @@ class ResponseStore:
 
 @asynccontextmanager
 async def open_store(
-    settings: Callable[[], ResponsesConfig], wall_clock: Callable[[], float]
+    settings: Callable[[], ResponsesConfig],
+    wall_clock: Callable[[], float],
+    on_change: Callable[[int, int], None],
 ) -> AsyncIterator[ResponseStore]:
-    """Open the store for as long as the context is.
+    """Open the store for as long as the context is; arguments as of `ResponseStore`.
 
     Raises:
         ConfigError: the file cannot be used.
@@ -304,7 +319,9 @@ async def open_store(
     try:
         database = await loop.run_in_executor(thread, _open, settings().store_file)
         try:
-            yield ResponseStore(database, thread, settings, wall_clock)
+            store = ResponseStore(database, thread, settings, wall_clock, on_change)
+            await store.look()
+            yield store
         finally:
             thread.submit(database.close)
     finally:

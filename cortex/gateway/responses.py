@@ -21,6 +21,7 @@ from cortex.core.translate_responses import PlacedItem, Translated, placed, to_c
 from cortex.core.translate_responses_stream import ResponseStream
 from cortex.core.web import EventStream, cancel_on_disconnect, json_response
 from cortex.gateway.auth import Caller
+from cortex.gateway.counting import count_tokens
 from cortex.gateway.dispatch import Ask, Dispatcher
 from cortex.gateway.intake import CHAT_PATH, Intake, decode_answer, with_caller
 from cortex.gateway.live import Live
@@ -83,6 +84,7 @@ class ResponsesHandlers:
         one = f"{PATH}/{{response_id}}"
         return [
             Route(PATH, with_caller(self._create), methods=["POST"]),
+            Route(f"{PATH}/input_tokens", with_caller(self._count), methods=["POST"]),
             Route(one, with_caller(self._retrieve), methods=["GET"]),
             Route(one, with_caller(self._delete), methods=["DELETE"]),
             Route(f"{one}/cancel", with_caller(self._cancel), methods=["POST"]),
@@ -121,6 +123,14 @@ class ResponsesHandlers:
             )
         response = await cancel_on_disconnect(request, self._whole(ask, job))
         return json_response(response, headers=self._intake.exposed(ask))
+
+    async def _count(self, request: Request, caller: Caller) -> Response:
+        asked = wire.parse_request(await self._intake.body(request))
+        await self._intake.admit(request, asked.model, None)
+        owner = _owner(caller)
+        translated = await self._translated(asked, owner, await self._resolved(asked, owner))
+        count = await count_tokens(request, self._dispatcher, translated.chat)
+        return json_response(wire.InputTokens(input_tokens=count))
 
     async def _resolved(self, asked: wire.ResponsesRequest, owner: str) -> list[msgspec.Raw]:
         """Return the items of a request's input, references replaced by what they stand for."""

@@ -204,3 +204,16 @@ def test_errors_arrive_as_the_sdks_own(openai_client: OpenAI):
         openai_client.responses.create(model=MODEL, input="Hi", previous_response_id="resp_no")
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
         openai_client.responses.create(model=MODEL, input="word " * 50_000)
+
+
+def test_tokens_are_counted_as_the_answer_reports_them(openai_client: OpenAI):
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "input": "What is the weather in Paris?",
+        "instructions": "Be brief.",
+        "tools": [WEATHER],
+    }
+    counted = openai_client.responses.input_tokens.count(**asked)
+    reply = openai_client.responses.create(**asked, max_output_tokens=1, store=False)
+    assert reply.usage is not None
+    assert counted.input_tokens == reply.usage.input_tokens

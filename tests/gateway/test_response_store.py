@@ -40,7 +40,7 @@ def kept(name: str, previous: str | None = None, owner: str = "a", text: str = "
 @asynccontextmanager
 async def store_of(clock: Clock | None = None, **bounds: object) -> AsyncIterator[ResponseStore]:
     settings = ResponsesConfig(**bounds)  # type: ignore[arg-type]
-    async with open_store(lambda: settings, clock or Clock()) as store:
+    async with open_store(lambda: settings, clock or Clock(), lambda *_: None) as store:
         yield store
 
 
@@ -197,3 +197,26 @@ async def test_a_store_that_breaks_is_an_error_with_a_way_out(tmp_path: Path) ->
         database.close()
         with pytest.raises(ResponseStoreError, match="store = false"):
             await store.put(kept("r1"))
+
+
+async def test_what_is_kept_is_told_at_the_start_and_whenever_it_changes(tmp_path: Path) -> None:
+    settings = ResponsesConfig(store_file=str(tmp_path / "responses.sqlite"))
+    told: list[tuple[int, int]] = []
+
+    def note(count: int, size_bytes: int) -> None:
+        told.append((count, size_bytes))
+
+    one, other = kept("r1"), kept("r2")
+    async with open_store(lambda: settings, Clock(), note) as store:
+        await store.put(one)
+        await store.put(other)
+        await store.delete("a", "r1")
+    async with open_store(lambda: settings, Clock(), note):
+        pass
+    assert told == [
+        (0, 0),
+        (1, one.size),
+        (2, one.size + other.size),
+        (1, other.size),
+        (1, other.size),
+    ]

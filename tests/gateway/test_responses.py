@@ -327,6 +327,158 @@ async def test_another_node_is_tried_before_the_first_byte() -> None:
                 assert "Hello world!" in await response.text()
 
 
+async def test_tokens_of_a_whole_conversation_are_counted_without_loading() -> None:
+    async with MockNeuron(MockModel("m", "loaded")) as neuron:
+        async with run_gateway({"a": neuron.endpoint}) as gateway:
+            first = await post(gateway, input="One")
+            neuron.models["m"].status = "unloaded"
+            body = {
+                "model": "m",
+                "input": "Two",
+                "previous_response_id": first["id"],
+                "tools": [WEATHER],
+                "reasoning": {"effort": "none"},
+                "text": {"verbosity": "low"},
+            }
+            response = await gateway.post("/v1/responses/input_tokens", body)
+            assert response.status == 200
+            assert (await response.json())["object"] == "response.input_tokens"
+            asked = neuron.seen[-1]
+            assert asked.path == "/v1/tokenize"
+            assert [each["content"] for each in asked.json["messages"]] == [
+                "One",
+                "Hello world!",
+                "Two",
+            ]
+            assert asked.json["chat_template_kwargs"] == {
+                "verbosity": "low",
+                "reasoning_effort": "none",
+                "enable_thinking": False,
+            }
+            assert len(asked.json["tools"]) == 1
+            assert neuron.loads == []
+
+
+async def test_what_is_kept_is_a_metric() -> None:
+    async with MockNeuron(MockModel("m", "loaded")) as neuron:
+        async with run_gateway({"a": neuron.endpoint}) as gateway:
+            await post(gateway)
+            await post(gateway, store=False)
+            told = await gateway.metrics()
+            assert told["cortex_responses_kept"] == 1
+            assert told["cortex_responses_kept_bytes"] > 500
+
+
+# The shape of what Codex CLI 0.169.0 sends, in words of our own.
+CODEX: dict[str, Any] = {
+    "model": "m",
+    "input": [
+        {
+            "type": "message",
+            "role": "developer",
+            "id": "msg_1",
+            "content": [{"type": "input_text", "text": "You write code."}],
+        },
+        {
+            "type": "message",
+            "role": "developer",
+            "content": [
+                {"type": "input_text", "text": "Skills."},
+                {"type": "input_text", "text": "Rules."},
+            ],
+        },
+        {
+            "type": "message",
+            "role": "user",
+            "content": [{"type": "input_text", "text": "Run it."}],
+        },
+        {
+            "type": "reasoning",
+            "id": "rs_1",
+            "summary": [],
+            "content": None,
+            "encrypted_content": "cortex:SG0u",
+        },
+        {
+            "type": "function_call",
+            "id": "fc_1",
+            "call_id": "call_1",
+            "name": "exec_command",
+            "arguments": '{"cmd":"ls"}',
+            "status": "completed",
+        },
+        {"type": "function_call_output", "call_id": "call_1", "output": "a\nb"},
+        {
+            "type": "function_call",
+            "call_id": "call_2",
+            "namespace": "multi_agent_v1",
+            "name": "spawn_agent",
+            "arguments": "{}",
+        },
+        {"type": "function_call_output", "call_id": "call_2", "output": "started"},
+    ],
+    "tools": [
+        {
+            "type": "function",
+            "name": "exec_command",
+            "description": "Run a command.",
+            "strict": False,
+            "parameters": {"type": "object", "properties": {"cmd": {"type": "string"}}},
+        },
+        {
+            "type": "namespace",
+            "name": "multi_agent_v1",
+            "description": "Other agents.",
+            "tools": [
+                {
+                    "type": "function",
+                    "name": "spawn_agent",
+                    "strict": False,
+                    "parameters": {"type": "object", "properties": {}},
+                }
+            ],
+        },
+        {"type": "web_search", "external_web_access": False},
+    ],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "reasoning": {"summary": "auto"},
+    "store": False,
+    "stream": True,
+    "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "session-1",
+    "client_metadata": {"x": "y"},
+}
+
+
+async def test_a_turn_of_codex_is_taken_and_its_next_call_is_in_its_namespace() -> None:
+    call = {"name": "multi_agent_v1__spawn_agent", "arguments": "{}"}
+    async with MockNeuron(MockModel("m", "loaded", tokens=[], tool_call=call)) as neuron:
+        async with run_gateway({"a": neuron.endpoint}) as gateway:
+            response = await gateway.post("/v1/responses", CODEX)
+            events = read_events((await response.text()).encode())
+            check_grammar(events)
+            (item,) = events[-1]["response"]["output"]
+            assert (item["namespace"], item["name"]) == ("multi_agent_v1", "spawn_agent")
+            asked = neuron.seen[0].json
+            said = [(each["role"], each.get("reasoning_content")) for each in asked["messages"]]
+            assert said == [
+                ("developer", None),
+                ("developer", None),
+                ("user", None),
+                ("assistant", "Hm."),
+                ("tool", None),
+                ("assistant", None),
+                ("tool", None),
+            ]
+            assert [each["function"]["name"] for each in asked["tools"]] == [
+                "exec_command",
+                "multi_agent_v1__spawn_agent",
+            ]
+            called = asked["messages"][5]["tool_calls"][0]["function"]["name"]
+            assert called == "multi_agent_v1__spawn_agent"
+
+
 async def test_a_stream_is_cancelled_by_its_id() -> None:
     gate = asyncio.Event()
     async with MockNeuron(MockModel("m", "loaded", token_gate=gate)) as neuron:
