@@ -28,6 +28,8 @@ class Placement:
         devices: indices of the devices planned for; empty on a host without any.
         needed_bytes: on each of them.
         free_bytes: on the fullest of them.
+        unclaimed_bytes: what the node has less what its residents need: unlike free_bytes no
+            reading, so that all gateways see the same.
         victims: who would have to leave, in the order of leaving.
         doubt: why it is unlikely to fit just now; the neuron may know better.
     """
@@ -37,6 +39,7 @@ class Placement:
     devices: tuple[int, ...]
     needed_bytes: int
     free_bytes: int
+    unclaimed_bytes: int
     victims: tuple[str, ...]
     cost: Cost
     doubt: str | None = None
@@ -123,6 +126,7 @@ class _Planner:
             devices=tuple(share.device for share in chosen if share.device is not None),
             needed_bytes=self._needed_each,
             free_bytes=min((share.free_bytes for share in chosen), default=0),
+            unclaimed_bytes=self._unclaimed_bytes(),
             victims=victims,
             cost=Cost(
                 prefill_s=prefill_s(self._node, self._model_id, demand, self._known),
@@ -143,6 +147,7 @@ class _Planner:
             devices=tuple(info.devices),
             needed_bytes=self._needed_each,
             free_bytes=self._needed_each,
+            unclaimed_bytes=self._unclaimed_bytes(),
             victims=(),
             cost=Cost(
                 prefill_s=prefill_s(self._node, self._model_id, demand, self._known),
@@ -169,6 +174,13 @@ class _Planner:
             return max(0, health.host.free_bytes - sum(self._node.claims.values()))
         total_mb = discovery.memory_total_mb if discovery is not None else 0
         return max(0, total_mb * _MIB - sum(each.memory_bytes for each in self._residents))
+
+    def _unclaimed_bytes(self) -> int:
+        discovery = self._node.discovery
+        total_mb = sum(device.vram_total_mb for device in self._node.devices)
+        if not self._node.devices and discovery is not None:
+            total_mb = discovery.memory_total_mb
+        return total_mb * _MIB - sum(each.memory_bytes for each in self._residents)
 
     def _share(self, device: int | None, free_bytes: int) -> _Share:
         forced: list[str] = []

@@ -358,10 +358,10 @@ class _Case:
 
 def _preference(each: Placement) -> tuple[bool, int, float, int, str]:
     rank = _STATUS_RANK.get(each.status or "unloaded", 1)
-    # Free memory counts by doublings: gateways whose readings are not quite of the same moment
-    # shall not send one model to two nodes.
-    room = each.free_bytes.bit_length()
-    return each.doubt is not None, rank, round(each.cost.total_s, 6), -room, each.node
+    # Not free memory: gateways whose readings are not quite of the same moment would send one model
+    # to two nodes.
+    room = -each.unclaimed_bytes
+    return each.doubt is not None, rank, round(each.cost.total_s, 6), room, each.node
 
 
 def _option(model_id: str, placement: Placement) -> Option:

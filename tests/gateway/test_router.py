@@ -214,15 +214,17 @@ def test_models_of_higher_priority_do_not_count_as_room() -> None:
     assert order(choose_route(snapshot, listed, "m")) == ["b", "a"]
 
 
-def test_clearly_more_free_memory_wins_among_fits() -> None:
-    snapshot = fleet(node("a", free_mb=9000), node("b", free_mb=24000))
+def test_the_node_with_most_memory_beside_its_residents_wins_among_fits() -> None:
+    snapshot = fleet(node("a", weight_bytes=9 * GIB, x="loaded"), node("b"))
+    assert order(choose_route(snapshot, catalogue(vram_mb=8000), "m")) == ["b", "a"]
+    snapshot = fleet(node("a", device_mb=12000), node("b", device_mb=12288))
     assert order(choose_route(snapshot, catalogue(vram_mb=8000), "m")) == ["b", "a"]
 
 
-def test_readings_of_another_moment_do_not_change_the_choice() -> None:
-    earlier = fleet(node("a", free_mb=20100), node("b", free_mb=20300))
-    later = fleet(node("a", free_mb=20300), node("b", free_mb=20100))
-    for snapshot in (earlier, later):
+def test_what_a_node_reads_as_free_does_not_choose_among_fits() -> None:
+    """Two gateways read at different moments, and shall send one model to one node."""
+    for free_a, free_b in ((9000, 24000), (20100, 20300), (24000, 9000)):
+        snapshot = fleet(node("a", free_mb=free_a), node("b", free_mb=free_b))
         assert order(choose_route(snapshot, catalogue(vram_mb=8000), "m")) == ["a", "b"]
 
 
