@@ -35,6 +35,14 @@ def test_openai_usage_counts_cached_prompt_tokens(openai_client: OpenAI):
         stream_options={"include_usage": True},
     )
     *_, last = chunks
+    responded = openai_client.responses.create(
+        model=MODEL,
+        instructions=messages[0]["content"],
+        input=messages[1:],
+        max_output_tokens=30,
+        temperature=0,
+    )
+    assert responded.usage.input_tokens_details.cached_tokens >= cached
     assert last.usage.prompt_tokens == second.usage.prompt_tokens
     assert last.usage.prompt_tokens_details.cached_tokens >= cached
 

@@ -151,7 +151,7 @@ class Engine:
     def step(self) -> StepDone:
         """Compute one step, if there is work, and report everything since the last report."""
         self.admit_ready()
-        chunks = self._seen(self._scheduler.schedule(self._step_tokens()))
+        chunks = self._seen(self._restored(self._scheduler.schedule(self._step_tokens())))
         if chunks:
             start_s = self._clock()
             try:
@@ -162,6 +162,15 @@ class Engine:
                 self._advance(chunks, sampled)
                 self._measure(chunks, self._clock() - start_s)
         return self.report()
+
+    def _restored(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Copy what the sequences of a step go on from, before anything else is written."""
+        try:
+            self._runner.restore(chunks)
+        except Exception as exc:  # noqa: BLE001  as with the step itself
+            self._fail(chunks, exc)
+            return []
+        return chunks
 
     def _seen(self, chunks: list[Chunk]) -> list[Chunk]:
         """Look at the images of a step, and end the sequences for which that fails."""
@@ -280,7 +289,7 @@ class Engine:
                 self._scrub(sequence)
                 self._end(sequence, "error", error="the model computed no finite logits")
                 continue
-            self._keep(sequence)
+            self._keep(sequence, is_sound=True)
             token_id = sampled.token_ids[row]
             finish = sequence.append(token_id)
             constraint = sequence.constraint
@@ -291,7 +300,7 @@ class Engine:
             logprob = sampled.logprobs.get(row)
             self._emit(sequence, token_id, finish, logprob)
             if finish is not None:
-                self._keep(sequence, is_leaving=True)
+                self._keep(sequence, is_leaving=True, is_sound=True)
                 self._remove(sequence)
 
     def _announce(self, sequence: Sequence) -> None:
@@ -304,13 +313,21 @@ class Engine:
                 )
             )
 
-    def _keep(self, sequence: Sequence, *, is_leaving: bool = False) -> None:
-        """Leave what was computed of a sequence to those that begin like it."""
+    def _keep(
+        self, sequence: Sequence, *, is_leaving: bool = False, is_sound: bool = False
+    ) -> None:
+        """Leave what was computed of a sequence to those that begin like it.
+
+        Args:
+            is_sound: its last logits were finite. They depend on all that it holds, so there is
+                no need to look at that.
+        """
         prefix = self._scheduler.prefix
         due = None if prefix is None else prefix.due(sequence, is_leaving=is_leaving)
         if prefix is None or due is None:
             return
-        if self._runner.is_finite(due.blocks, sequence.slot if due.snapshot else None):
+        slot = sequence.slot if due.snapshot else None
+        if is_sound or self._runner.is_finite(due.blocks, slot):
             snapshot_slot = prefix.keep(sequence, due)
             if snapshot_slot is not None:
                 self._runner.keep_state(sequence.slot, snapshot_slot)

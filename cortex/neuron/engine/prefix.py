@@ -10,8 +10,11 @@ tensors.
 
 import hashlib
 from array import array
+from bisect import insort
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from cortex.neuron.engine.cache import BlockPool, SlotPool, Snapshot, blocks_for
 from cortex.neuron.engine.sequence import Sequence
@@ -128,6 +131,26 @@ class PrefixCache:
                 num_tokens, match.num_known_tokens, len(sequence.token_ids), self._block_size
             )
 
+    def is_coming(self, sequence: Sequence, match: Match, running: Iterable[Sequence]) -> bool:
+        """Whether to wait with a prompt, since a running one is about to compute much of it."""
+        useful = match.num_tokens + MIN_SNAPSHOT_GAIN_TOKENS
+        for other, common in self._computing(sequence, running):
+            ends = [common] if self._slots is None else other.cuts
+            if any(max(useful, other.num_computed + 1) <= end <= common for end in ends):
+                return True
+        return False
+
+    def mark_partings(self, sequence: Sequence, running: Iterable[Sequence]) -> None:
+        """Have running prompts' states kept where a prompt that waits parts from them."""
+        if self._slots is None:
+            return
+        num_tokens = self.match(sequence).num_tokens
+        for other, common in self._computing(sequence, running):
+            before = max((cut for cut in other.cuts if cut <= common), default=0)
+            gain = common - max(num_tokens, before)
+            if common > other.num_computed and gain >= MIN_SNAPSHOT_GAIN_TOKENS:
+                insort(other.cuts, common)
+
     def due(self, sequence: Sequence, *, is_leaving: bool = False) -> Due | None:
         """Return what is to be kept of a sequence that has just been computed some way.
 
@@ -193,6 +216,20 @@ class PrefixCache:
         if tail_key is not None:
             self._at.setdefault(tail_key, []).append(snapshot)
         return snapshot.slot
+
+    def _computing(
+        self, sequence: Sequence, running: Iterable[Sequence]
+    ) -> Iterator[tuple[Sequence, int]]:
+        """Yield the prompts in progress that begin like a sequence, each with how far it does."""
+        if not sequence.is_cacheable:
+            return
+        size = self._block_size
+        keys = self._keys_of(sequence, (len(sequence.token_ids) - 1) // size)
+        for other in running:
+            if other.num_pending > 1 and other.is_cacheable:
+                pairs = zip(keys, other.keys, strict=False)
+                same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+                yield other, same * size
 
     def _retire(self, sequence: Sequence) -> None:
         """Let the state that a sequence came from go first if one chat alone has used it.

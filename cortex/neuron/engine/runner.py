@@ -10,7 +10,7 @@ from cortex.neuron.engine.cache import blocks_for
 from cortex.neuron.engine.constraint import ConstraintState, apply_masks
 from cortex.neuron.engine.images import CHANNELS
 from cortex.neuron.engine.sampler import Sampled, edit_logits, keep_raw, sample
-from cortex.neuron.engine.scheduler import Chunk, Restore
+from cortex.neuron.engine.scheduler import Chunk
 from cortex.neuron.engine.sequence import Sequence
 from cortex.neuron.layers.context import Caches, StepBatch
 from cortex.neuron.models.base import CausalLM
@@ -44,6 +44,19 @@ class Runner:
         )
 
     @torch.inference_mode()
+    def restore(self, chunks: list[Chunk]) -> None:
+        """Copy what chunks go on from, in their order; before `step`, and before any `scrub`."""
+        for chunk in chunks:
+            restore = chunk.restore
+            if restore is None:
+                continue
+            self._copy_state(self.num_slots + restore.snapshot_slot, chunk.sequence.slot)
+            if restore.blocks is not None:
+                source, target = restore.blocks
+                self._caches.keys[:, target] = self._caches.keys[:, source]
+                self._caches.values[:, target] = self._caches.values[:, source]
+
+    @torch.inference_mode()
     def look(self, chunk: Chunk) -> None:
         """Compute what `step` needs of the images that a chunk has tokens of."""
         start = chunk.sequence.num_computed
@@ -58,9 +71,6 @@ class Runner:
 
         None if no chunk is. The sequences themselves are not changed, but for their generators.
         """
-        for chunk in chunks:
-            if chunk.restore is not None:
-                self._restore(chunk.sequence, chunk.restore)
         batch = self._builder.build(chunks)
         logits = self.model.forward(batch, self._caches)
         for chunk in chunks:
@@ -137,13 +147,6 @@ class Runner:
         except RuntimeError:
             _log.exception("device %s is lost", self.device)
             return False
-
-    def _restore(self, sequence: Sequence, restore: Restore) -> None:
-        self._copy_state(self.num_slots + restore.snapshot_slot, sequence.slot)
-        if restore.blocks is not None:
-            source, target = restore.blocks
-            self._caches.keys[:, target] = self._caches.keys[:, source]
-            self._caches.values[:, target] = self._caches.values[:, source]
 
     def _copy_state(self, source: int, target: int) -> None:
         self._caches.conv_states[:, target] = self._caches.conv_states[:, source]

@@ -124,6 +124,8 @@ class Scheduler:
         budget = self.max_batched_tokens
         if max_tokens is not None:
             budget = min(budget, max(max_tokens, len(self._running)))
+        if self.prefix is not None and self._waiting:
+            self.prefix.mark_partings(self._waiting[0], self._running)
         # Decodes come first: they are one token each and someone reads along.
         in_order = [s for s in self._running if s.num_pending == 1]
         in_order += [s for s in self._running if s.num_pending > 1]
@@ -178,11 +180,16 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> Match | None:
         """Move the head of the queue among the running if what it needs is free.
 
+        It also waits for a prompt in progress that begins like it: that one is older and takes
+        the budget of the steps first, so nothing is lost by it.
+
         Returns what it goes on from; None if it has to wait.
         """
         if self.slots.num_free == 0:
             return None
         match = NO_MATCH if self.prefix is None else self.prefix.match(sequence)
+        if self.prefix is not None and self.prefix.is_coming(sequence, match, self._running):
+            return None
         num_new = blocks_for(len(sequence.token_ids) + 1, self.block_size) - len(match.blocks)
         num_idle = sum(self.blocks.num_holders(block) == 0 for block in match.blocks)
         if self.blocks.num_free - num_idle < num_new:

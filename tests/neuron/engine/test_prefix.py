@@ -177,6 +177,44 @@ def test_concurrent_sequences_share_the_blocks_of_a_common_prefix(kind):
     bench.assert_all_is_free()
 
 
+@pytest.mark.parametrize("kind", ["dense", "hybrid"])
+def test_of_prompts_that_come_together_one_computes_what_they_have_in_common(kind):
+    bench = bench_of(kind, num_slots=4)
+    # They part after 110 tokens; the end of the sixth block is the last that is the same.
+    prompts = [[*PROMPT[:110], *range(i, i + 30)] for i in range(4)]
+    for request_id, prompt in enumerate(prompts):
+        bench.submit(request_id, prompt, 6)
+    bench.run()
+    for request_id, prompt in enumerate(prompts):
+        assert bench.tokens(request_id) == continuation(prompt, 6)
+    assert [bench.cached(i) for i in range(4)] == [0, 96, 96, 96]
+
+
+@pytest.mark.parametrize(("kind", "cached"), [("dense", 144), ("hybrid", 128)])
+def test_choices_of_one_prompt_compute_it_once(kind, cached):
+    bench = bench_of(kind, num_slots=4)
+    for request_id in range(3):
+        bench.submit(request_id, PROMPT, 4)
+    bench.run()
+    assert all(bench.tokens(i) == continuation(PROMPT, 4) for i in range(3))
+    assert [bench.cached(i) for i in range(3)][1] >= cached - 64
+    assert bench.cached(2) >= cached - 64
+    num_computed = sum(sum(query_lens) for query_lens, _ in bench.model.batches)
+    assert num_computed <= 150 + 2 * (150 - cached + 64) + 3 * 4
+
+
+def test_a_prompt_that_waited_for_one_that_is_cancelled_goes_on_from_what_that_left():
+    bench = bench_of("hybrid", max_batched_tokens=32)
+    bench.submit(1, PROMPT, 5)
+    bench.submit(2, PROMPT, 5)
+    for _ in range(3):
+        assert bench.step().stats.num_waiting == 1
+    bench.engine.cancel(1)
+    bench.run()
+    assert bench.tokens(2) == continuation(PROMPT, 5)
+    assert bench.cached(2) == 96
+
+
 @pytest.mark.parametrize(("kind", "cached"), [("dense", 128), ("hybrid", 128)])
 def test_a_cancelled_prompt_leaves_what_was_computed_of_it(kind, cached):
     bench = bench_of(kind)
