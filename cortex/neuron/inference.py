@@ -221,8 +221,10 @@ def _generation(prepared: Prepared | PreparedTexts, serving: Serving) -> Iterato
     requests = [prepared.submit(0, choice_idx) for choice_idx in range(prepared.num_choices)]
     engine = serving.engine
     assert isinstance(engine, EngineClient)
-    pixels = prepared.pixels if isinstance(prepared, Prepared) else ()
+    pixels = prepared.pixels if isinstance(prepared, Prepared) else []
     generation = engine.submit(requests, pixels)
+    # The engine has them; the answer may take long, and images are large.
+    pixels.clear()
     try:
         yield generation
     finally:

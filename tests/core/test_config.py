@@ -64,6 +64,21 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize("host", ["https://a.example", "a.example/x", "*", "A.example", "a b"])
+def test_a_host_of_images_that_is_none_stops_the_start(tmp_path: Path, host: str) -> None:
+    path = tmp_path / "neuron.toml"
+    path.write_text(f'[harness.torch.vision]\nurl_hosts = ["{host}"]')
+    with pytest.raises(ConfigError, match="url_hosts"):
+        load_neuron_config(path)
+
+
+def test_hosts_of_images_are_names_patterns_and_ports(tmp_path: Path) -> None:
+    path = tmp_path / "neuron.toml"
+    path.write_text('[harness.torch.vision]\nurl_hosts = ["a.example", "*.b.example:8443"]')
+    vision = load_neuron_config(path).harness.torch.vision
+    assert vision.url_hosts == ["a.example", "*.b.example:8443"]
+
+
 def test_every_key_of_the_originals_gateway_file_loads(tmp_path: Path):
     write(tmp_path / "models.toml", "")
     config = load_gateway_config(write(tmp_path / "cortex.toml", ORIGINAL_GATEWAY))

@@ -17,6 +17,7 @@ from cortex.gateway.router import Serve
 from cortex.gateway.routing import Routing, Trip
 from tests.support.gateway import RunningGateway, run_gateway
 from tests.support.mock_neuron import MockModel, MockNeuron
+from tests.support.pictures import image_part, png
 
 LONG = "All work and no play makes a dull prompt. " * 400
 
@@ -224,3 +225,24 @@ async def test_both_dialects_of_a_conversation_share_one_prefix() -> None:
             body = {"model": "m", "max_tokens": 5, "messages": messages}
             assert (await gateway.post("/v1/messages", body)).status == 200
             assert (len(first.seen), len(second.seen)) == (0, 2)
+
+
+def test_what_images_weigh_teaches_nothing_about_the_length_of_texts() -> None:
+    bench = Bench("a")
+    content = [{"type": "text", "text": "What is this?"}, image_part(png(200, 200))]
+    messages = [{"role": "user", "content": content}]
+    asked = Trip("m", msgspec.json.encode({"model": "m", "messages": messages}))
+    assert len(asked.body) > 100_000
+    serve = bench.go(asked)
+    # A screenshot's worth of tokens, whatever its bytes.
+    assert serve.considered.options[0].cost.prefill_s < 2.5 * prefill_of(bench, 2000)
+    before = prefill_of(bench, 4000)
+    leg = bench.routing.begin(asked, serve)
+    leg.first_token()
+    leg.end(told(300))
+    assert prefill_of(bench, 4000) == pytest.approx(before, rel=0.5)
+
+
+def prefill_of(bench: Bench, num_tokens: int) -> float:
+    serve = bench.go(trip("word " * (4 * num_tokens // 5)))
+    return serve.considered.options[0].cost.prefill_s

@@ -1,9 +1,11 @@
 """The arithmetic of rates and budgets."""
 
+import msgspec
 import pytest
 
 from cortex.core.entitlements import ApiKey, Window
 from cortex.gateway.windows import Rule, Standing, estimate_tokens, rate_headers, rules_of
+from tests.support.pictures import image_block, png
 
 # 2024-10-04T00:00:00Z, the first second of a minute and of a day.
 MIDNIGHT_S = 1_728_000_000.0
@@ -131,6 +133,15 @@ def test_a_request_is_estimated_from_its_length_and_its_own_bound(
     body: bytes, estimate: tuple[int, int]
 ):
     assert estimate_tokens(body, 4096) == estimate
+
+
+def test_an_image_is_estimated_by_its_tokens_and_not_by_its_bytes():
+    content = [{"type": "text", "text": "hi"}, image_block(png(300, 300))]
+    body = msgspec.json.encode({"messages": [{"role": "user", "content": content}]})
+    assert len(body) > 300_000
+    prompt, answer = estimate_tokens(body, 4096)
+    assert 2000 < prompt < 2100
+    assert answer == 4096
 
 
 def test_headers_tell_the_tightest_rule_of_each_unit_in_each_dialect():

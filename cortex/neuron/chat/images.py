@@ -37,6 +37,10 @@ _UNTOLD = ("", "image/*", "application/octet-stream", "binary/octet-stream")
 _DATA_URI = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)
 _DETAILS = (None, "auto", "low", "high", "original")
 _SHOWN_CHARS = 64
+_MAX_HEAD_CHARS = 512
+# A photograph has about ten passes; a file can have thousands, each over all of its pixels.
+MAX_JPEG_SCANS = 100
+_START_OF_SCAN = b"\xff\xda"
 # Orientations of a photograph that lies on its side.
 _ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
 
@@ -262,9 +266,9 @@ def _too_large(ref: ImageRef, max_bytes: int) -> InvalidImageError:
 
 
 def _inline(ref: ImageRef, max_bytes: int) -> ImageData:
-    head = _DATA_URI.match(ref.url)
+    head = _DATA_URI.match(ref.url, 0, _MAX_HEAD_CHARS)
     if head is None:
-        raise ref.error("the data: URI has no comma before its data")
+        raise ref.error("the data: URI has no comma after its type")
     if not head[2].lower().endswith(";base64"):
         raise ref.error("the data: URI has to be in base64")
     if (len(ref.url) - head.end()) // 4 * 3 > max_bytes + 2:
@@ -291,6 +295,8 @@ def _opened(ref: ImageRef, found: ImageData) -> Image.Image:
     actual = _TYPES.get(image.format or "")
     if told in _FORMATS and actual != told:
         raise ref.error(f"it is said to be {told} and is {actual}")
+    if actual == "image/jpeg" and found.data.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
+        raise ref.error(f"it has more than {MAX_JPEG_SCANS} scans; save it again as a plain JPEG")
     return image
 
 

@@ -1,7 +1,7 @@
 """A chat request to what the engine needs: prompt ids, sampling, limits, grammar."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -48,7 +48,7 @@ class Prepared:
         num_choices: sequences to submit (`n`).
         logprobs: whether the answer carries log probabilities.
         context_ids: the tokens that the output's text goes on from; none where it begins anew.
-        spans, pixels: of the images.
+        spans, pixels: of the images; who hands the pixels on may clear them.
     """
 
     tokenizer: ChatTokenizer
@@ -64,7 +64,7 @@ class Prepared:
     logprobs: bool
     context_ids: Sequence[int] = ()
     spans: Sequence[ImageSpan] = ()
-    pixels: Sequence[bytes] = ()
+    pixels: list[bytes] = field(default_factory=list)
 
     def submit(self, request_id: int, choice_idx: int = 0) -> Submit:
         """Return the engine's command for one choice; with a seed, choices still differ."""

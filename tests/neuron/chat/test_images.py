@@ -193,6 +193,11 @@ BROKEN = {
         "no image of a known type",
     ),
     "no comma": ("data:image/png;base64", "no comma"),
+    "a long type": ("data:" + "x" * 100_000 + ";base64,", "no comma after its type"),
+    "too many scans": (
+        data_uri(encoded(image(8, 8), "JPEG") + b"\xff\xda" * 100, "image/jpeg"),
+        "more than 100 scans",
+    ),
     "no base64": ("data:image/png,abc", "has to be in base64"),
     "bad base64": ("data:image/png;base64,ab!c", "not base64"),
     "a strip": (data_uri(png(2100, 10)), "over 200 times the other"),

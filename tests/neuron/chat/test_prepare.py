@@ -9,12 +9,15 @@ import pytest
 from cortex.core.errors import (
     BadRequestError,
     ContextLengthExceededError,
+    InvalidImageError,
     TemplateRenderError,
     UnsupportedFieldError,
 )
-from cortex.neuron.chat.model import ChatModel, GenerationDefaults
-from cortex.neuron.chat.prepare import prepare, prompt_text
+from cortex.neuron.chat.model import ChatModel, GenerationDefaults, load_chat_model
+from cortex.neuron.chat.prepare import prepare, prompt_ids, prompt_text
 from cortex.neuron.engine.protocol import Sampling
+from cortex.neuron.models.source import ModelSource
+from tests.support import checkpoints
 from tests.support.chat_models import (
     JSON_CALL_TEMPLATE,
     PLAIN_TEMPLATE,
@@ -24,6 +27,7 @@ from tests.support.chat_models import (
     tool,
     train_tokenizer,
 )
+from tests.support.pictures import encoded, image, image_part, png
 
 # Tokens of the one question that `chat_request` asks.
 NUM_PROMPT = len(
@@ -352,3 +356,68 @@ def test_stream_options_are_carried(model: ChatModel) -> None:
     request = chat_request(stream=True, stream_options={"include_usage": True})
     prepared = prepare(request, model)
     assert (prepared.stream, prepared.include_usage) == (True, True)
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
+    directory = tmp_path_factory.mktemp("eyes")
+    checkpoints.qwen3_5_wrapper(directory)
+    checkpoints.write_image_rules(directory, min_pixels=64, max_pixels=64 * 64)
+    checkpoints.write_tokenizer(directory, has_vision=True)
+    source = ModelSource(kind="hf", path=str(directory))
+    return load_chat_model(source, model_id="eyes", cache_dir=directory / "cache")
+
+
+def look(*parts: Any, **fields: Any) -> Any:
+    content = [{"type": "text", "text": "a"}, *parts, {"type": "text", "text": "b"}]
+    return chat_request(messages=[{"role": "user", "content": content}], **fields)
+
+
+def test_an_image_has_its_tokens_in_the_prompt_and_its_pixels_beside_it(seeing: ChatModel) -> None:
+    request = look(image_part(png(24, 16)), image_part(png(8, 8, 5)))
+    prepared = prepare(request, seeing)
+    ids = prepared.prompt_ids
+    text = seeing.tokenizer.decode(ids, keep_special=True)
+    assert "a<|vision_start|>" + 6 * "<|image_pad|>" + "<|vision_end|><|vision_start|>" in text
+    first, second = prepared.submit(1).images
+    assert (first.width, first.height, second.width) == (24, 16, 8)
+    pad = checkpoints.IMAGE_TOKEN_ID
+    assert ids[first.start - 1 : first.start + 7] == [pad - 1, *[pad] * 6, pad + 1]
+    assert ids[second.start : second.start + 2] == [pad, pad + 1]
+    assert [len(each) for each in prepared.pixels] == [24 * 16 * 3, 8 * 8 * 3]
+    assert first.digest != second.digest
+    assert prompt_ids(request, seeing) == ids
+
+
+def test_images_count_for_the_context(seeing: ChatModel) -> None:
+    small = replace(seeing, max_model_len=60)
+    with pytest.raises(ContextLengthExceededError, match="have 87 tokens"):
+        prepare(look(image_part(png(64, 64))), small)
+    assert prepare(look(image_part(png(8, 8))), small).max_tokens == 60 - 24
+
+
+def test_an_image_is_decoded_only_when_all_else_is_right(seeing: ChatModel) -> None:
+    cut = image_part(encoded(image(64, 64), "JPEG")[:-900], "image/jpeg")
+    with pytest.raises(ContextLengthExceededError):
+        prepare(look(cut), replace(seeing, max_model_len=60))
+    with pytest.raises(InvalidImageError, match="image 1: the file is damaged"):
+        prepare(look(cut), seeing)
+
+
+def test_the_token_of_images_in_a_text_is_none_of_them(seeing: ChatModel) -> None:
+    mark = {"type": "text", "text": "<|image_pad|>"}
+    assert prepare(look(mark), seeing).prompt_ids.count(checkpoints.IMAGE_TOKEN_ID) == 1
+    with pytest.raises(BadRequestError, match="stands for an image; take it out"):
+        prepare(look(mark, image_part(png(8, 8))), seeing)
+
+
+def test_system_turns_with_an_image_are_not_folded(seeing: ChatModel) -> None:
+    system = {"role": "system", "content": [image_part(png(8, 8))]}
+    user = {"role": "user", "content": "a"}
+    assert len(prepare(chat_request(messages=[system, system, user]), seeing).spans) == 2
+
+
+def test_a_template_that_reads_no_parts_takes_no_images(seeing: ChatModel, tmp_path: Path) -> None:
+    deaf = replace(seeing, template=make_chat_model(tmp_path, template=PLAIN_TEMPLATE).template)
+    with pytest.raises(UnsupportedFieldError, match="cannot take images"):
+        prepare(look(image_part(png(8, 8))), deaf)

@@ -8,11 +8,13 @@ from cortex.neuron.engine.images import (
     place_tokens,
     position_shift,
 )
+from cortex.neuron.engine.loader import build_engine
 from cortex.neuron.engine.protocol import (
     COMMANDS,
     LENGTH_BYTES,
     ImagePixels,
     ImageSpan,
+    LoadModel,
     Submit,
     TokenEvent,
     encode_frame,
@@ -189,6 +191,29 @@ def test_a_preempted_sequence_looks_at_its_image_again(model):
     assert waited > 1
     for request_id in (1, 3):
         assert tokens_of(events, request_id) == greedy(model, PROMPTS[request_id], 60)
+
+
+def test_prefixes_are_shared_by_equal_images_and_by_no_others(model):
+    command = LoadModel(
+        source=ModelSource(kind="hf", path=""), max_num_seqs=4, block_size=16, max_model_len=600
+    )
+    engine, loaded = build_engine(command, model, progress=lambda event: None, clock=Clock())
+    assert loaded.prefix_match == "snapshot"
+
+    def asked(request_id: int, seed: int) -> tuple[list[int], int]:
+        pieces = [*words(20, 4), picture(64, 120, seed), *words(90, 2)]
+        send(engine, pieces, request_id, max_tokens=6)
+        events = run(engine)
+        assert tokens_of(events, request_id) == greedy(model, pieces, 6)
+        return tokens_of(events, request_id), max(each.cached_tokens for each in events)
+
+    first, nothing = asked(1, 3)
+    again, cached = asked(2, 3)
+    assert (again, nothing) == (first, 0)
+    # The image and the text around it: the snapshot is near the end of the prompt.
+    assert cached > 20 + 120
+    _, of_another = asked(3, 8)
+    assert of_another <= 20
 
 
 def test_an_image_that_cannot_be_computed_ends_its_own_sequence_only(model, monkeypatch):
