@@ -1,6 +1,7 @@
 """The Responses API through a whole gateway, over mock nodes."""
 
 import asyncio
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -546,6 +547,22 @@ async def test_a_response_that_is_too_large_to_keep_is_answered_and_says_so() ->
             response = await gateway.post("/v1/responses", body)
             events = read_events((await response.text()).encode())
             assert events[-1]["response"]["store"] is False
+
+
+async def test_a_store_that_breaks_is_told_and_keeps_nobody_from_answers(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+    async with MockNeuron(MockModel("m", "loaded")) as neuron:
+        kept = ResponsesConfig(store_file=str(path))
+        async with run_gateway({"a": neuron.endpoint}, responses=kept) as gateway:
+            first = await post(gateway)
+            database = sqlite3.connect(path)
+            database.execute("DROP TABLE responses")
+            database.close()
+            assert (await post(gateway))["store"] is False
+            body = {"model": "m", "input": "Hi", "previous_response_id": first["id"]}
+            refused = await gateway.post("/v1/responses", body)
+            assert refused.status == 503
+            assert (await refused.json())["error"]["code"] == "response_store_unavailable"
 
 
 async def test_a_conversation_named_by_its_cache_key_goes_to_one_node() -> None:
