@@ -10,6 +10,7 @@ from cortex.core import catalogue, command, config, entitlements
 from cortex.core.neuron_api import DeviceHealth, ModelLoad, NeuronHealth
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.metrics import Metrics
+from tests.support import transcripts
 
 ROOT = Path(__file__).parents[1]
 STRUCTS = [
@@ -96,3 +97,27 @@ def _busy_health() -> NeuronHealth:
     device = DeviceHealth(index=0, vram_used_mb=1, vram_free_mb=1)
     load = ModelLoad(id="m", rejected_queue_full=1)
     return NeuronHealth(uptime_secs=1, devices=[device], models=[load])
+
+
+CLIENTS = (ROOT / "docs" / "clients.md").read_text()
+
+
+def test_the_clients_that_were_tried_are_those_of_the_transcripts():
+    rows = re.findall(r"^\| ([\w -]+) \| ([\d.]+) \|", CLIENTS, flags=re.MULTILINE)
+    recorded = [transcripts.load(name) for name in transcripts.names()]
+    assert dict(rows) == {each.client: each.version for each in recorded}
+
+
+def test_each_client_that_was_tried_is_installed_by_its_package():
+    installed = set(
+        re.findall(r"^    (?:npm install -g|pip install) (\S+)$", CLIENTS, re.MULTILINE)
+    )
+    assert installed == {transcripts.load(name).package for name in transcripts.names()}
+
+
+def test_the_settings_of_clients_can_be_read():
+    settings = re.findall(r"^```(json|toml|yaml)\n(.+?)^```", CLIENTS, re.MULTILINE | re.DOTALL)
+    read = {"json": msgspec.json.decode, "toml": msgspec.toml.decode, "yaml": msgspec.yaml.decode}
+    assert [kind for kind, _ in settings] == ["toml", "toml", "json", "json", "yaml"]
+    for kind, text in settings:
+        assert "cortex-tiny" in str(read[kind](text))
