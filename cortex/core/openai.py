@@ -218,6 +218,7 @@ class ChatRequest(GenerationRequest, kw_only=True, frozen=True):
     # How much to think and to say, for templates that read it.
     reasoning_effort: str | None = None
     verbosity: str | None = None
+    thinking_budget: Positive | None = None  # tokens of thinking; an extension others have too
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[str] | None = None
     # The older spelling of tools, and what only another service can do: refused if given.

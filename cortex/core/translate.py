@@ -82,6 +82,7 @@ def to_openai(request: Conversation, *, drop_billing_header: bool = True) -> Cha
             tool_choice=choice,
             parallel_tool_calls=parallel,
             chat_template_kwargs=_template_kwargs(request),
+            thinking_budget=_thinking_budget(request),
         )
     except ValueError as exc:
         raise BadRequestError(str(exc)) from exc
@@ -360,13 +361,22 @@ def _tool_choice(request: Conversation, tools: list[Tool]) -> tuple[Any, bool | 
     return {"auto": "auto", "any": "required", "none": "none"}[choice.type], parallel
 
 
+def _wants_thinking(request: Conversation) -> bool:
+    return request.thinking is not None and request.thinking.type in ("enabled", "adaptive")
+
+
+def _thinking_budget(request: Conversation) -> int | None:
+    if request.thinking is None or not _wants_thinking(request):
+        return None
+    return request.thinking.budget_tokens
+
+
 def _template_kwargs(request: Conversation) -> dict[str, Any]:
     """Return what the model's template is told; it reads of this what it knows."""
-    thinking = request.thinking
-    is_wanted = thinking is not None and thinking.type in ("enabled", "adaptive")
-    kwargs: dict[str, Any] = {"enable_thinking": is_wanted}
-    if is_wanted and thinking is not None and thinking.budget_tokens is not None:
-        kwargs["thinking_budget"] = thinking.budget_tokens
+    kwargs: dict[str, Any] = {"enable_thinking": _wants_thinking(request)}
+    budget = _thinking_budget(request)
+    if budget is not None:
+        kwargs["thinking_budget"] = budget
     effort = request.output_config.effort if request.output_config else None
     if effort is not None:
         kwargs["reasoning_effort"] = _EFFORTS.get(effort, effort)

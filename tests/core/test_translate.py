@@ -290,6 +290,7 @@ def test_the_template_is_told_a_budget_of_thinking_and_an_effort():
     chat = translated(
         thinking={"type": "enabled", "budget_tokens": 1024}, output_config={"effort": "max"}
     )
+    assert chat["thinking_budget"] == 1024
     assert chat["chat_template_kwargs"] == {
         "enable_thinking": True,
         "thinking_budget": 1024,
@@ -298,6 +299,7 @@ def test_the_template_is_told_a_budget_of_thinking_and_an_effort():
     off = translated(
         thinking={"type": "disabled", "budget_tokens": 9}, output_config={"effort": "low"}
     )
+    assert off["thinking_budget"] is None
     assert off["chat_template_kwargs"] == {"enable_thinking": False, "reasoning_effort": "low"}
 
 

@@ -327,6 +327,24 @@ def test_thoughts_come_with_a_signature_and_can_be_sent_back(
 
 
 @both_ways
+def test_thoughts_keep_within_their_budget(anthropic_client: Anthropic, streamed: bool):
+    question = ask("What is the capital of Italy?")
+    long, short = (
+        answer(
+            anthropic_client,
+            streamed,
+            messages=question,
+            thinking={"type": "enabled", "budget_tokens": budget},
+            max_tokens=2000,
+        ).content
+        for budget in (1024, 3)
+    )
+    assert long[0].thinking.startswith(short[0].thinking)
+    assert len(short[0].thinking) < len(long[0].thinking)
+    assert short[-1].type == "text"
+
+
+@both_ways
 def test_disabled_thinking_thinks_nothing(anthropic_client: Anthropic, streamed: bool):
     reply = answer(anthropic_client, streamed, thinking={"type": "disabled"})
     assert [block.type for block in reply.content] == ["text"]

@@ -375,6 +375,17 @@ def test_thinking_is_switched_by_effort_and_by_the_template(
 
 
 @both_ways
+@pytest.mark.parametrize("budget", [1, 4])
+def test_a_budget_of_thinking_ends_it(openai_client: OpenAI, streamed: bool, budget: int):
+    question = ask("What is the capital of Italy?")
+    extra = {"chat_template_kwargs": {"enable_thinking": True}, "thinking_budget": budget}
+    reply = answer(openai_client, streamed, messages=question, max_tokens=400, extra_body=extra)
+    # Its end is a token too.
+    assert reply.usage.completion_tokens_details.reasoning_tokens <= budget + 1
+    assert reply.choices[0].message.content
+
+
+@both_ways
 def test_logprobs_come_with_every_token(openai_client: OpenAI, streamed: bool):
     reply = answer(openai_client, streamed, logprobs=True, top_logprobs=2, max_tokens=5)
     content = reply.choices[0].logprobs.content

@@ -32,7 +32,7 @@ from cortex.neuron.chat.output import OutputSpec
 from cortex.neuron.chat.schema import ToolTable
 from cortex.neuron.chat.template import ChatTemplate
 from cortex.neuron.chat.tokenizer import ChatTokenizer
-from cortex.neuron.engine.protocol import Constraint, ImageSpan, Sampling, Submit
+from cortex.neuron.engine.protocol import Constraint, ImageSpan, Sampling, Submit, ThinkBudget
 
 # OpenAI's documented default, for checkpoints that do not say how they want to be sampled.
 DEFAULT_TEMPERATURE = 1.0
@@ -132,8 +132,9 @@ def prepare(
         prompt_ids=prompt_ids,
         max_tokens=min(asked_tokens, model.max_model_len - len(prompt_ids)),
         stop_ids=model.tokenizer.eos_ids,
-        sampling=sampling_of(
-            request, model, (request.top_logprobs or 0) if request.logprobs else None
+        sampling=msgspec.structs.replace(
+            sampling_of(request, model, (request.top_logprobs or 0) if request.logprobs else None),
+            think=_think_budget(request, markers),
         ),
         constraint=constraint,
         output=OutputSpec(
@@ -248,6 +249,8 @@ def _render(request: ChatRequest, template: ChatTemplate, tools: list[Tool]) -> 
     kwargs: dict[str, Any] = {}
     if request.verbosity is not None:
         kwargs["verbosity"] = request.verbosity
+    if request.thinking_budget is not None:
+        kwargs["thinking_budget"] = request.thinking_budget
     if request.reasoning_effort is not None:
         kwargs["reasoning_effort"] = request.reasoning_effort
         kwargs["enable_thinking"] = request.reasoning_effort != "none"
@@ -358,6 +361,19 @@ def _thinking_after(text: str, template: ChatTemplate, tokenizer: ChatTokenizer)
     if end.endswith(think.closing) or tokenizer.marker_id(think.opening) is None:
         return "off"
     return "possible" if template.supports_thinking else "off"
+
+
+def _think_budget(request: ChatRequest, markers: Markers) -> ThinkBudget | None:
+    """Return what ends a thought that is too long; None where no single token would."""
+    end_id = markers.ids[markers.think.closing]
+    if request.thinking_budget is None or markers.thinking == "off" or end_id is None:
+        return None
+    is_open = markers.thinking == "open"
+    return ThinkBudget(
+        max_tokens=request.thinking_budget,
+        begin_id=None if is_open else markers.ids[markers.think.opening],
+        end_id=end_id,
+    )
 
 
 def _constraint(

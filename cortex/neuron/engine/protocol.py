@@ -38,6 +38,20 @@ class LoadModel(msgspec.Struct, kw_only=True, frozen=True, tag="load"):
     num_threads: int = 1
 
 
+class ThinkBudget(msgspec.Struct, kw_only=True, frozen=True):
+    """How much a sequence may think before the end of its thought is forced.
+
+    Attributes:
+        max_tokens: tokens of all its thoughts together, markers aside.
+        begin_id: the token that opens a thought; None where the prompt leaves one open.
+        end_id: the token that closes it.
+    """
+
+    max_tokens: int
+    begin_id: int | None = None
+    end_id: int
+
+
 class Sampling(msgspec.Struct, kw_only=True, frozen=True):
     """How one request's tokens are drawn. temperature 0 is greedy; 0 or 1 switch the others off."""
 
@@ -51,6 +65,7 @@ class Sampling(msgspec.Struct, kw_only=True, frozen=True):
     logit_bias: dict[int, float] = {}
     seed: int | None = None
     num_logprobs: int | None = None  # None: no logprobs; 0: the chosen token's only
+    think: ThinkBudget | None = None
 
 
 class Constraint(msgspec.Struct, kw_only=True, frozen=True):

@@ -30,6 +30,8 @@ class SamplingState:
     __slots__ = (
         "_counts",
         "_generator",
+        "_is_thinking",
+        "_num_thought",
         "_uniforms",
         "bias",
         "has_penalties",
@@ -56,7 +58,10 @@ class SamplingState:
             and not self.has_penalties
             and not sampling.logit_bias
             and sampling.num_logprobs is None
+            and sampling.think is None
         )
+        self._is_thinking = sampling.think is not None and sampling.think.begin_id is None
+        self._num_thought = 0
         self.bias: tuple[Tensor, Tensor] | None = None
         if sampling.logit_bias:
             ids = torch.tensor(list(sampling.logit_bias), device=device)
@@ -78,6 +83,14 @@ class SamplingState:
         assert self._counts is not None
         return self._counts
 
+    @property
+    def forced_id(self) -> int | None:
+        """The only token that may come next: the end of a thought that is long enough."""
+        think = self.params.think
+        if think is None or not self._is_thinking or self._num_thought < think.max_tokens:
+            return None
+        return think.end_id
+
     def uniform(self) -> float:
         """Return the sequence's next number in [0, 1): the same for a seed whatever runs beside."""
         if not self._uniforms:
@@ -93,9 +106,17 @@ class SamplingState:
         return self._uniforms.pop()
 
     def observe(self, token_id: int) -> None:
-        """Count a generated token for the penalties."""
+        """Count a generated token for the penalties and for the budget of thinking."""
         if self._counts is not None:
             self._counts[token_id] += 1
+        think = self.params.think
+        if think is None:
+            return
+        if self._is_thinking:
+            self._is_thinking = token_id != think.end_id
+            self._num_thought += self._is_thinking
+        else:
+            self._is_thinking = token_id == think.begin_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +135,7 @@ class Sampled:
 
 
 def edit_logits(logits: Tensor, states: Seq[SamplingState]) -> None:
-    """Apply penalties and biases in place.
+    """Apply penalties, biases and ends of thoughts in place.
 
     Args:
         logits: (rows, vocab) float32, one row per state.
@@ -126,6 +147,9 @@ def edit_logits(logits: Tensor, states: Seq[SamplingState]) -> None:
         if state.bias is not None:
             ids, values = state.bias
             logits[i, ids] += values
+        if state.forced_id is not None:
+            logits[i] = -torch.inf
+            logits[i, state.forced_id] = 0.0
 
 
 def sample(logits: Tensor, states: Seq[SamplingState], raw: "RawLogits | None" = None) -> Sampled:

@@ -15,7 +15,7 @@ from cortex.core.errors import (
 )
 from cortex.neuron.chat.model import ChatModel, GenerationDefaults, load_chat_model
 from cortex.neuron.chat.prepare import prepare, prompt_ids, prompt_text
-from cortex.neuron.engine.protocol import Sampling
+from cortex.neuron.engine.protocol import Sampling, ThinkBudget
 from cortex.neuron.models.source import ModelSource
 from tests.support import checkpoints
 from tests.support.chat_models import (
@@ -314,6 +314,15 @@ def test_effort_and_verbosity_are_told_to_the_template(tmp_path: Path) -> None:
     model = make_chat_model(tmp_path, template=source)
     request = chat_request(reasoning_effort="low", verbosity="high")
     assert prompt_text(request, model) == "low high True"
+
+
+def test_a_budget_of_thinking_ends_an_open_thought_by_its_token(model: ChatModel) -> None:
+    end_id = model.tokenizer.marker_id("</think>")
+    think = prepare(chat_request(thinking_budget=7), model).sampling.think
+    assert think == ThinkBudget(max_tokens=7, begin_id=None, end_id=end_id)
+    assert prepare(chat_request(), model).sampling.think is None
+    off = chat_request(thinking_budget=7, reasoning_effort="none")
+    assert prepare(off, model).sampling.think is None
 
 
 def test_two_tools_of_one_name_are_refused(model: ChatModel) -> None:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from cortex.neuron.engine.protocol import Sampling
+from cortex.neuron.engine.protocol import Sampling, ThinkBudget
 from cortex.neuron.engine.sampler import SamplingState, edit_logits, keep_raw, sample
 from tests.neuron.engine.building import Bench
 
@@ -123,6 +123,35 @@ def edited(logits: list[float], sampling_state: SamplingState, *generated: int) 
     row = torch.tensor([logits])
     edit_logits(row, [sampling_state])
     return row[0].tolist()
+
+
+def test_the_end_of_a_thought_is_forced_when_the_budget_is_used_up():
+    thinking = state(4, think=ThinkBudget(max_tokens=2, end_id=3))
+    assert edited([1.0, 5.0, 2.0, 0.0], thinking, 1) == [1.0, 5.0, 2.0, 0.0]
+    forced = edited([1.0, 5.0, 2.0, 0.0], thinking, 2)
+    assert forced == [-math.inf, -math.inf, -math.inf, 0.0]
+    assert edited([1.0, 5.0, 2.0, 0.0], thinking, 3) == [1.0, 5.0, 2.0, 0.0]
+    assert edited([1.0, 5.0, 2.0, 0.0], thinking, 0, 0, 0) == [1.0, 5.0, 2.0, 0.0]
+
+
+def test_a_thought_that_the_model_begins_counts_from_there_and_with_later_ones():
+    thinking = state(4, think=ThinkBudget(max_tokens=2, begin_id=2, end_id=3))
+    plain = [1.0, 5.0, 2.0, 0.0]
+    assert edited(plain, thinking, 0, 0, 0) == plain
+    assert edited(plain, thinking, 2, 1, 3) == plain
+    assert edited(plain, thinking, 2) == plain
+    assert edited(plain, thinking, 1)[:3] == [-math.inf] * 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_forced_end_is_drawn_whatever_the_settings(temperature: float):
+    budget = ThinkBudget(max_tokens=1, end_id=1)
+    thinking = state(3, think=budget, temperature=temperature, top_p=0.5, top_k=2, min_p=0.1)
+    thinking.observe(0)
+    row = torch.tensor([[9.0, -9.0, 9.0]])
+    edit_logits(row, [thinking])
+    sampled = sample(row, [thinking])
+    assert (sampled.token_ids, sampled.is_valid) == ([1], [True])
 
 
 def test_the_presence_penalty_is_taken_once_from_each_generated_token():
