@@ -19,6 +19,7 @@ import msgspec
 
 from cortex.core.config import ResponsesConfig
 from cortex.core.errors import (
+    BadRequestError,
     ConfigError,
     ItemNotFoundError,
     PreviousResponseNotFoundError,
@@ -151,6 +152,7 @@ class ResponseStore:
 
         Raises:
             PreviousResponseNotFoundError: one of them is not kept any more, or is not the owner's.
+            BadRequestError: they are over MAX_CHAIN.
             ResponseStoreError: the store does not work.
         """
         return await self._run(lambda: self._conversation(owner, response_id))
@@ -253,7 +255,13 @@ class ResponseStore:
         chain: list[Kept] = []
         wanted: str | None = response_id
         while wanted is not None:
-            kept = self._find(owner, wanted) if len(chain) < MAX_CHAIN else None
+            if len(chain) == MAX_CHAIN:
+                raise BadRequestError(
+                    f"the conversation has over {MAX_CHAIN} responses; send what of it matters as "
+                    "input",
+                    param="previous_response_id",
+                )
+            kept = self._find(owner, wanted)
             if kept is None:
                 raise PreviousResponseNotFoundError(
                     f"response '{wanted[:64]}' is not kept here, so nothing goes on from it; send "
@@ -263,17 +271,13 @@ class ResponseStore:
             chain.append(kept)
             wanted = kept.previous
         chain.reverse()
-        with self._writing() as database:
-            # Whoever goes on from a response needs all that is before it.
-            used = self._next_use()
-            database.executemany(
-                "UPDATE responses SET used = ? WHERE id = ?",
-                [(used + at, kept.id) for at, kept in enumerate(chain)],
-            )
+        # Whoever goes on from a response needs all that is before it.
+        self._touch([kept.id for kept in chain])
         return [item for kept in chain for item in _all_items(kept)]
 
     def _items(self, owner: str, item_ids: list[str]) -> dict[str, msgspec.Raw]:
         found: dict[str, msgspec.Raw] = {}
+        used: list[str] = []
         for item_id in item_ids:
             if item_id in found:
                 continue
@@ -286,7 +290,18 @@ class ResponseStore:
                     f"item '{item_id[:64]}' is not kept here; send the item itself", param="input"
                 )
             found.update(_by_id(_all_items(kept)))
+            used.append(kept.id)
+        self._touch(used)
         return found
+
+    def _touch(self, response_ids: list[str]) -> None:
+        """Note that responses were used, the last one last."""
+        with self._writing() as database:
+            used = self._next_use()
+            database.executemany(
+                "UPDATE responses SET used = ? WHERE id = ?",
+                [(used + at, response_id) for at, response_id in enumerate(response_ids)],
+            )
 
     def _next_use(self) -> int:
         (last,) = self._database.execute("SELECT MAX(used) FROM responses").fetchone()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cortex.core.config import GatewayConfig, GatewayListen, NeuronAddress
+from cortex.core.config import GatewayConfig, GatewayListen, NeuronAddress, ResponsesConfig
 from cortex.gateway.live import Live
 from cortex.gateway.reload import Reloader, needing_restart, read_files
 from cortex.gateway.status import fetch_status
@@ -154,8 +154,13 @@ def test_only_what_is_opened_once_needs_a_restart() -> None:
     after = GatewayConfig(
         gateway=GatewayListen(metrics_listen="127.0.0.1:1", drain_s=1, poll_s=1, max_body_mb=1),
         neurons=[NeuronAddress(name="a", endpoint="http://a")],
+        responses=ResponsesConfig(store_file="/kept.sqlite", max_mb=1),
     )
-    assert needing_restart(before, after) == ("gateway.metrics_listen", "gateway.drain_s")
+    assert needing_restart(before, after) == (
+        "gateway.metrics_listen",
+        "gateway.drain_s",
+        "responses.store_file",
+    )
 
 
 async def test_a_node_drains_while_its_entry_says_so(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from cortex.core.config import ResponsesConfig
 from cortex.core.errors import (
+    BadRequestError,
     ConfigError,
     ItemNotFoundError,
     PreviousResponseNotFoundError,
@@ -100,6 +101,18 @@ async def test_a_conversation_is_all_that_came_before_in_order() -> None:
             await store.conversation("a", "r3")
 
 
+async def test_a_conversation_of_too_many_responses_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cortex.gateway.response_store.MAX_CHAIN", 2)
+    async with store_of() as store:
+        for name, previous in (("r1", None), ("r2", "r1"), ("r3", "r2")):
+            await store.put(kept(name, previous))
+        assert len(await store.conversation("a", "r2")) == 4
+        with pytest.raises(BadRequestError, match="over 2 responses"):
+            await store.conversation("a", "r3")
+
+
 async def test_items_are_found_by_their_ids_in_inputs_and_outputs() -> None:
     async with store_of() as store:
         await store.put(kept("r1"))
@@ -128,6 +141,15 @@ async def test_going_on_from_a_response_counts_as_a_use_of_all_before_it() -> No
         await store.put(kept("r3", "r2"))
         assert not await is_kept(store, "other")
         assert len(await store.conversation("a", "r3")) == 6
+
+
+async def test_referring_to_an_item_counts_as_a_use_of_its_response() -> None:
+    async with store_of(max_count=2) as store:
+        await store.put(kept("r1"))
+        await store.put(kept("r2"))
+        await store.items("a", ["msg_r1_out"])
+        await store.put(kept("r3"))
+        assert [await is_kept(store, name) for name in ("r1", "r2", "r3")] == [True, False, True]
 
 
 async def test_what_was_used_longest_ago_leaves_when_all_is_too_large() -> None:
