@@ -1,6 +1,7 @@
 """Small chat models: a byte-level BPE tokenizer, templates with the features of real ones."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +162,19 @@ def write_checkpoint(
     return directory
 
 
-def make_tokenizer(directory: Path, *, markers: list[str] = MARKERS) -> ChatTokenizer:
+def template_text(family: str) -> str:
+    """Return one of the templates in `tests/support/templates`."""
+    return (Path(__file__).parent / "templates" / f"{family}.jinja").read_text()
+
+
+def make_tokenizer(
+    directory: Path, *, markers: list[str] = MARKERS, special_markers: Sequence[str] = ()
+) -> ChatTokenizer:
     """Return a tokenizer whose tokenizer.json lies in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "tokenizer.json"
     tokenizer = train_tokenizer(markers=markers)
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in special_markers])
     tokenizer.save(str(path))
     return ChatTokenizer(tokenizer, path=str(path), eos_token="<|im_end|>")
 

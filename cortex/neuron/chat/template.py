@@ -20,7 +20,6 @@ from cortex.core.errors import (
 )
 from cortex.core.neuron_api import ToolFormat
 from cortex.core.openai import (
-    FunctionCall,
     ImagePart,
     Message,
     Part,
@@ -40,11 +39,6 @@ from cortex.neuron.chat.sandbox import Clock, Sandbox, budget
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_PROMPT_CHARS = 16 << 20
 
-# A loop over a message's content: the template reads parts itself.
-_READS_PARTS = re.compile(
-    r"\bin\s+\w+(?:\.content\b|\[\s*['\"]content['\"]\s*\])|\bcontent\s+is\s+(?:string|iterable)"
-)
-_TESTS_STRING = re.compile(r"\bis\s+string\b")
 _TOOLS = re.compile(r"\btools\b")
 # A template that refuses a turn with other than one call.
 _ONE_CALL = re.compile(r"tool_calls\s*\|\s*length\s*(?:!=\s*1|==\s*1|>\s*1)\b")
@@ -55,8 +49,11 @@ _ALNUM = string.ascii_letters + string.digits
 _RESERVED = frozenset(["messages", "tools"])
 _PART_NAMES = {"ImagePart": "images", "AudioPart": "sound", "FilePart": "files"}
 
-_PROBE = FunctionCall(name="a", arguments={"probe": "b"})
-_PROBE_AS_PYTHON = "{'probe': 'b'}"
+_PROBE = "probe of a template"
+_PROBE_PART = {"type": "text", "text": _PROBE}
+# How parts and objects look that a template prints without reading them.
+_UNREAD = re.compile(r"['\"](?:type|probe)['\"]: ['\"]")
+_UNREAD_OBJECT = "{'probe': 'a'}"
 
 Now = Callable[[], datetime]
 
@@ -133,29 +130,34 @@ class ChatTemplate:
         self.has_call_ids = CALL_ID in source
         self.is_single_call = bool(_ONE_CALL.search(source))
         self._short_ids = bool(_SHORT_IDS.search(source))
+        self._wants_parts = self._takes_parts = False
         self._takes_objects = True
-        reads_parts = bool(_READS_PARTS.search(source))
-        self._wants_parts = reads_parts and not _TESTS_STRING.search(source)
-        self._takes_parts = reads_parts
-        self._takes_images = takes_images and reads_parts
-        self._takes_objects = self._renders_objects()
+        self._find_forms()
+        self._takes_images = takes_images and self._takes_parts
 
-    def _renders_objects(self) -> bool:
-        """Try whether a call's arguments may be an object; some templates join them as text."""
+    def _find_forms(self) -> None:
+        """Try in which forms the template takes contents, and arguments of calls."""
+        takes_text = _PROBE in self._try(_PROBE)
+        parts = self._try([_PROBE_PART])
+        self._takes_parts = _PROBE in parts and not _UNREAD.search(parts)
+        self._wants_parts = self._takes_parts and not takes_text
+        content = [_PROBE_PART] if self._wants_parts else _PROBE
         # An object that is neither walked over nor made JSON shows as Python writes it.
-        text = self._probe()
-        if text is not None and _PROBE_AS_PYTHON not in text:
-            return True
-        self._takes_objects = False
-        return self._probe() is None
+        as_object = self._try(content, {"probe": "a"})
+        if not as_object or _UNREAD_OBJECT in as_object:
+            self._takes_objects = not self._try(content, '{"probe": "a"}')
 
-    def _probe(self) -> str | None:
-        call = ToolCall(id="a" * _SHORT_ID_CHARS, function=_PROBE)
-        turns = [Message(role="user", content="a"), Message(role="assistant", tool_calls=[call])]
+    def _try(self, content: str | list[dict[str, str]], arguments: Any = None) -> str:
+        """Return what becomes of a question, and of a call if there are arguments; or nothing."""
+        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if arguments is not None:
+            function = {"name": "a", "arguments": arguments}
+            call = {"id": "a" * _SHORT_ID_CHARS, "type": "function", "function": function}
+            turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
         try:
-            return self.render(turns, add_generation_prompt=False)
+            return self._generate(turns, self._context(None, {}, add_generation_prompt=False))
         except BadRequestError:
-            return None
+            return ""
 
     def render(
         self,
@@ -190,20 +192,25 @@ class ChatTemplate:
                 f"chat_template_kwargs must not set {taken[0]!r}", param="chat_template_kwargs"
             )
         turns = [self._turn(at, message) for at, message in enumerate(messages)]
-        context: dict[str, Any] = {
+        context = self._context(tools, kwargs, add_generation_prompt=add_generation_prompt)
+        try:
+            return self._generate(turns, context)
+        except TemplateRenderError:
+            folded = _fold_neighbours(turns)
+            if folded is None:
+                raise
+            return self._generate(folded, context)
+
+    def _context(
+        self, tools: list[Tool] | None, kwargs: dict[str, Any], *, add_generation_prompt: bool
+    ) -> dict[str, Any]:
+        return {
             **self._tokens,
             "tools": [_plain_tool(tool) for tool in tools] if tools else None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             **kwargs,
         }
-        try:
-            return self._generate(turns, context)
-        except TemplateRenderError:
-            folded = _fold_leading_system(turns)
-            if folded is None:
-                raise
-            return self._generate(folded, context)
 
     def _generate(self, turns: list[dict[str, Any]], context: dict[str, Any]) -> str:
         pieces: list[str] = []
@@ -261,7 +268,7 @@ class ChatTemplate:
     def _content(self, at: int, message: Message) -> str | list[dict[str, str]]:
         if message.content is None or isinstance(message.content, str):
             text = message.content or ""
-            return [{"type": "text", "text": text}] if self._wants_parts and text else text
+            return _text_parts(text) if self._wants_parts and text else text
         if self._takes_parts:
             return [self._plain_part(at, i, part) for i, part in enumerate(message.content)]
         return "\n".join(self._part_text(at, i, part) for i, part in enumerate(message.content))
@@ -328,25 +335,35 @@ def _short_id(call_id: str) -> str:
     )
 
 
-def _has_images(content: str | list[dict[str, str]]) -> bool:
-    return any(part["type"] == "image" for part in content if isinstance(part, dict))
+def _fold_neighbours(turns: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """Join turns of one role that follow each other, or return None where there are none.
 
-
-def _joined(content: str | list[dict[str, str]]) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content)
-
-
-def _fold_leading_system(turns: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """Join several leading system turns into one, or return None where there is nothing to join.
-
-    Templates that allow one system turn, at the beginning, refuse a second one.
+    Templates that want one system turn, or users and assistants in turn, refuse them apart.
     """
-    lead = 0
-    while lead < len(turns) and turns[lead]["role"] == "system":
-        lead += 1
-    if lead < 2 or any(_has_images(turn["content"]) for turn in turns[:lead]):
-        return None
-    text = "\n\n".join(_joined(turn["content"]) for turn in turns[:lead])
-    return [{"role": "system", "content": text}, *turns[lead:]]
+    folded: list[dict[str, Any]] = []
+    for turn in turns:
+        if folded and _may_join(folded[-1], turn):
+            content = _joined(folded[-1]["content"], turn["content"])
+            folded[-1] = {**folded[-1], "content": content}
+        else:
+            folded.append(turn)
+    return folded if len(folded) < len(turns) else None
+
+
+def _may_join(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    plain = {"role", "content"}
+    is_plain = first.keys() <= plain and second.keys() <= plain
+    return is_plain and first["role"] == second["role"]
+
+
+def _joined(
+    first: str | list[dict[str, str]], second: str | list[dict[str, str]]
+) -> str | list[dict[str, str]]:
+    if isinstance(first, str) and isinstance(second, str):
+        return "\n\n".join(text for text in (first, second) if text)
+    parts = [_text_parts(content) for content in (first, second)]
+    return [*parts[0], *_text_parts("\n\n"), *parts[1]]
+
+
+def _text_parts(content: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
