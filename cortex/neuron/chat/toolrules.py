@@ -34,6 +34,7 @@ _COMPOSED = frozenset(["$ref", "allOf", "anyOf", "oneOf", "patternProperties", "
 _BOOLEAN = '("true" | "false" | "True" | "False")'
 _NULL = '("null" | "None")'
 _END_TEXT = "\n</parameter>\n"
+_NO_END = r"~/(?s:.*)\n<\/parameter>(\n(?s:.*))?/"
 _COMMON = r"""
 value_end: "\n</parameter>\n"
 text[lazy]: /(?s:.*)\n<\/parameter>\n/
@@ -214,6 +215,8 @@ class ToolRules:
             conditions.append(f"/{regex}/")
         if not conditions or not is_only or self._drops_detail:
             return "text"
+        # Where the first end is too early for the conditions, a later one would be no end either.
+        conditions.append(_NO_END)
         at = len(self._texts)
         terminal = f"TEXT_{at}: ({' & '.join(conditions)}) {literal(_END_TEXT)}"
         self._spend(terminal)

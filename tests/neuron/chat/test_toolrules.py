@@ -296,3 +296,11 @@ def test_what_a_strict_schema_says_in_vain_is_named(
     with pytest.raises(BadRequestError) as caught:
         json_answer(JsonSchemaFormat(schema=declared, strict=True), model.markers(name))
     assert keyword in caught.value.message
+
+
+def test_a_text_that_is_not_enough_yet_cannot_hold_what_ends_it(model: Model) -> None:
+    schema = {"properties": {"v": {"type": "string", "pattern": "[0-9]"}}, "required": ["v"]}
+    constraint = forced_calls(tools(tool("f", schema)), model.markers("qwen_xml"))
+    assert model.accepts(constraint, written("qwen_xml", [("f", {"v": "a\n5"})]))
+    for early in ("a\n</parameter>\n5", "a\n</parameter>"):
+        assert not model.accepts(constraint, written("qwen_xml", [("f", {"v": early})]))
