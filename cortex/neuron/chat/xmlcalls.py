@@ -1,5 +1,6 @@
 """Calls that are written as `<function=..>` with `<parameter=..>` blocks, typed by the schema."""
 
+import json  # noqa: TID251 - msgspec refuses numbers that no float holds
 from typing import Any
 
 from cortex.neuron.chat.callparts import (
@@ -70,7 +71,8 @@ def _certain_value(source: Source, parameter: str, name: str, tools: ToolTable) 
     """A value that the grammar ends; of a text, each piece is told as it comes."""
     properties = tools.properties(name)
     root = tools.schemas.get(name, {})
-    is_text = parameter not in properties or json_types(properties[parameter], root) == {"string"}
+    types = json_types(properties.get(parameter), root)
+    is_text = parameter not in properties or types == {"string"}
     yield from skip_newline(source)
     pieces: list[str] = []
     if is_text:
@@ -88,7 +90,23 @@ def _certain_value(source: Source, parameter: str, name: str, tools: ToolTable) 
     if is_text:
         yield CallText(encoded(pieces[0])[1:-1] + '"')
     else:
-        yield CallText(encoded(_typed("".join(pieces), parameter, name, tools)))
+        text = "".join(pieces)
+        value = _typed(text, parameter, name, tools)
+        # JSON of the schema's type that no value here can stand for is passed on as it is.
+        is_json = value == text and bool(types) and "string" not in types and _is_json(text)
+        yield CallText(text if is_json else encoded(value))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(word)
 
 
 def _likely_value(source: Source, closing: str) -> Finding:
