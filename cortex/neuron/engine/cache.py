@@ -81,11 +81,18 @@ class BlockPool:
         return self._holders[block]
 
     def name(self, block: int, key: bytes) -> None:
-        """Give a held block a key, unless it has one or another block goes by that one."""
+        """Give a held block a key, unless it has one or another held block goes by that one.
+
+        An idle block that does becomes free: what is held stays longer than what builds upon it.
+        """
         assert self._holders[block] > 0, f"block {block} is free"
-        if block not in self._keys and key not in self._blocks:
-            self._keys[block] = key
-            self._blocks[key] = block
+        other = self._blocks.get(key)
+        if block in self._keys or (other is not None and self._holders[other] > 0):
+            return
+        if other is not None:
+            self.forget(other)
+        self._keys[block] = key
+        self._blocks[key] = block
 
     def find(self, key: bytes) -> int | None:
         """Return the block of a key."""

@@ -111,19 +111,24 @@ def model(tmp_path_factory):
     )
 
 
-def engine_of(model, *, num_blocks=40):
+def engine_of(model, *, num_blocks=40, num_snapshots=None):
     caches = Caches.allocate(
         model.cache_spec,
         num_blocks=num_blocks,
         block_size=16,
-        num_slots=4,
+        num_slots=4 + (num_snapshots or 0),
         dtype=torch.float32,
         device=model.device,
     )
-    runner = Runner(model, caches, max_len=600)
+    runner = Runner(model, caches, max_len=600, num_snapshots=num_snapshots or 0)
     runner.warm_up()
     scheduler = make_scheduler(
-        num_blocks=num_blocks, block_size=16, num_slots=4, max_batched_tokens=64
+        num_blocks=num_blocks,
+        block_size=16,
+        num_slots=4,
+        max_batched_tokens=64,
+        prefix_cache=num_snapshots is not None,
+        num_snapshots=num_snapshots,
     )
     return Engine(runner, scheduler, max_model_len=600, clock=Clock())
 
@@ -214,6 +219,37 @@ def test_prefixes_are_shared_by_equal_images_and_by_no_others(model):
     assert cached > 20 + 120
     _, of_another = asked(3, 8)
     assert of_another <= 20
+
+
+def ask(engine: Engine, model, pieces, request_id: int) -> int:
+    """Check an answer against one without a cache; return how much of the prompt was cached."""
+    send(engine, pieces, request_id, max_tokens=5)
+    events = run(engine)
+    assert tokens_of(events, request_id) == greedy(model, pieces, 5)
+    return events[-1].cached_tokens
+
+
+def test_a_prompt_with_images_goes_on_from_one_with_the_same_images(model):
+    engine = engine_of(model, num_snapshots=6)
+    # 37, then 8 by 15 tokens of an image, then text; states are kept at the ends of blocks.
+    seen = [*words(37), picture(64, 120), *words(60, 2)]
+    other = [*words(37), picture(64, 120, 4), *words(60, 2)]
+    assert ask(engine, model, seen, 1) == 0
+    assert ask(engine, model, [*seen[:-30], *words(50, 3)], 2) == 0
+    assert ask(engine, model, [*seen[:-30], *words(50, 7)], 3) == 176
+    # The same tokens with another picture: nothing of what came after its place counts.
+    assert ask(engine, model, other, 4) == 0
+    assert ask(engine, model, [*other[:-10], *words(40, 5)], 5) == 192
+    assert ask(engine, model, seen, 6) == 192
+
+
+def test_a_prompt_that_parts_within_an_image_goes_on_from_there(model):
+    engine = engine_of(model, num_snapshots=6)
+    big = picture(64, 240)
+    # They part after the image, which is tokens 150 to 390: the second leaves the third its
+    # state at the last end of a block before that.
+    prompts = [[*words(150), big, *words(40, salt)] for salt in (1, 2, 3)]
+    assert [ask(engine, model, pieces, i) for i, pieces in enumerate(prompts)] == [0, 0, 384]
 
 
 def test_an_image_that_cannot_be_computed_ends_its_own_sequence_only(model, monkeypatch):

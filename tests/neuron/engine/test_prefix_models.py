@@ -106,3 +106,15 @@ def test_a_prompt_that_was_cancelled_halfway_gives_the_same_tokens(source):
     ((tokens, cached),) = run(caching, prompt)
     assert tokens == expected
     assert cached > 100
+
+
+def test_each_family_says_from_where_a_prompt_may_go_on(source):
+    loaded = [
+        load_engine(LoadModel(source=source, **settings), progress=lambda _: None)[1]
+        for settings in ({}, {"prefix_cache": False}, {"max_snapshots": 0})
+    ]
+    has_state = "qwen3_5" in source.path
+    expected = ["snapshot", None, None] if has_state else ["block", None, "block"]
+    assert [each.prefix_match for each in loaded] == expected
+    assert (loaded[0].num_snapshots > 0) == has_state
+    assert (loaded[0].cache_bytes > loaded[1].cache_bytes) == has_state
