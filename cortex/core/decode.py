@@ -18,7 +18,9 @@ _LONE_SURROGATE = re.compile(
     rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 )
 # A cross-field check says which field it is about by beginning with its name.
-_FIRST_WORD = re.compile(r"([a-z]+(?:_[a-z]+)+|messages|prompt|stop|n|tools)\b")
+_FIRST_WORD = re.compile(
+    r"([a-z]+(?:_[a-z]+)+|messages|prompt|input(?:\[\d+\])?|stop|n|tools)(?!\w)"
+)
 
 
 def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:

@@ -118,6 +118,12 @@ class PreviousResponseNotFoundError(BadRequestError):
     code = "previous_response_not_found"
 
 
+class ModelCapabilityError(BadRequestError):
+    """The model is not made for what is asked of it."""
+
+    code = "model_capability"
+
+
 class TemplateRenderError(BadRequestError):
     """The model's chat template refused the messages."""
 
