@@ -164,7 +164,9 @@ def cache_bytes(size: Size, *, on_gpu: bool) -> int:
     item = _item_bytes(size.dtype, on_gpu=on_gpu)
     facts = size.facts
     context = min(size.max_model_len or facts.max_position_embeddings, MIN_KV_TOKENS)
-    kv = size.cache_bytes or context * facts.kv_elements_per_token * item
+    kv = context * facts.kv_elements_per_token * item
+    if kv and size.cache_bytes:
+        kv = size.cache_bytes
     return kv + size.max_num_seqs * facts.state_bytes_per_slot_f32
 
 

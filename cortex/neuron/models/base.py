@@ -50,6 +50,9 @@ class CausalLM(Protocol):
         The caches are updated in place. The caller sets inference mode.
         """
 
+    def encode(self, batch: StepBatch, caches: Caches) -> Tensor:
+        """Do the same and return the last hidden states of those rows, normed, (L, hidden)."""
+
 
 class WeightSource(Protocol):
     """A checkpoint's tensors under Hugging Face's names, without their `model.` prefix."""

@@ -78,13 +78,15 @@ class LayerBuilder:
             self.linear([(f"{name}.down_proj", hidden)], inner, has_bias=has_bias),
         )
 
-    def embedding_and_head(self) -> tuple[Embedding, Linear]:
-        """Return the token embedding and the output head, which may share one table.
+    def embedding_and_head(self) -> tuple[Embedding, Linear | None]:
+        """Return the token embedding and the output head, if any, which may share one table.
 
         On a CPU a tied head keeps its own copy, in the layout its products want.
         """
         config = self._config
         table = self.matrix(_EMBEDDING, config.vocab_size, config.hidden_size)
+        if not config.has_head:
+            return Embedding(table), None
         is_tied = config.tied_head
         if is_tied is None:
             is_tied = _HEAD not in self._weights

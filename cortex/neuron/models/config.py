@@ -69,6 +69,8 @@ class ModelConfig(msgspec.Struct, kw_only=True, frozen=True):
     rope: RopeConfig
     # None: the head is tied when the checkpoint has no tensor for it.
     tied_head: bool | None
+    # False: loaded for its hidden states alone.
+    has_head: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
     gdn: GdnConfig | None = None

@@ -13,7 +13,9 @@ MAX_JSON_BYTES = 16 << 20
 _LENGTH_BYTES = 8
 _INDEX_NAME = "model.safetensors.index.json"
 
-_PREFIXES = ("model.language_model.", "model.")
+# Embedding models are often stored without their outer class, and so without a prefix.
+_PREFIXES = ("model.language_model.", "model.", "")
+_ENCODER_PREFIXES = ("", "bert.", "roberta.")
 _VISION_PREFIXES = ("model.visual.", "visual.")
 _VISION_NAME = "visual."
 _VISION_PROBE = "patch_embed.proj.weight"
@@ -41,7 +43,7 @@ class _Index(msgspec.Struct):
 
 _HEADER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ENTRY = msgspec.json.Decoder(_HeaderEntry)
-T = TypeVar("T", bound=msgspec.Struct)
+T = TypeVar("T")
 
 
 def read_json(path: pathlib.Path, kind: type[T]) -> T:
@@ -117,6 +119,26 @@ def _single_file(directory: pathlib.Path) -> list[pathlib.Path]:
     single = directory / "model.safetensors"
     files = sorted(directory.glob("*.safetensors"))
     return [single] if single in files else files
+
+
+def list_encoder_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
+    """Return a BERT-family encoder's tensors by name, without prefix and without any head.
+
+    Raises:
+        CheckpointError: as `list_tensors`.
+    """
+    tensors = _list_tensors(directory)
+    first = "embeddings.word_embeddings.weight"
+    prefix = next((p for p in _ENCODER_PREFIXES if f"{p}{first}" in tensors), None)
+    if prefix is None:
+        raise CheckpointError(f"{directory}: tensor {first!r} is missing")
+    wanted = (f"{prefix}embeddings.", f"{prefix}encoder.layer.")
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        # A buffer of old checkpoints: the numbers from 0 on.
+        if name.startswith(wanted) and not name.endswith("position_ids")
+    }
 
 
 def _list_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:

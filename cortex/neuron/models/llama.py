@@ -39,6 +39,11 @@ class Llama:
 
     def forward(self, batch: StepBatch, caches: Caches) -> Tensor:
         """Run one step and return the logits of `batch.logit_rows`, (L, vocab_size) float32."""
+        assert self._head is not None, "it was loaded for its hidden states alone"
+        return self._head(self.encode(batch, caches)).float()
+
+    def encode(self, batch: StepBatch, caches: Caches) -> Tensor:
+        """Run one step and return the last hidden states of `batch.logit_rows`, (L, hidden)."""
         plan = make_plan(batch, caches)
         angles = RotaryAngles(self._frequencies, batch.positions, self.dtype)
         x = self._embedding(batch.token_ids)
@@ -46,7 +51,7 @@ class Llama:
             keys, values = caches.keys[i], caches.values[i]
             x = x + layer.attention(layer.attention_norm(x), angles, plan, keys, values)
             x = x + layer.mlp(layer.mlp_norm(x))
-        return self._head(self._norm(x[batch.logit_rows])).float()
+        return self._norm(x[batch.logit_rows])
 
 
 class _Layer:

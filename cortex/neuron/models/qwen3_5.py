@@ -55,6 +55,11 @@ class Qwen35:
 
     def forward(self, batch: StepBatch, caches: Caches) -> Tensor:
         """Run one step and return the logits of `batch.logit_rows`, (L, vocab_size) float32."""
+        assert self._head is not None, "it was loaded for its hidden states alone"
+        return self._head(self.encode(batch, caches)).float()
+
+    def encode(self, batch: StepBatch, caches: Caches) -> Tensor:
+        """Run one step and return the last hidden states of `batch.logit_rows`, (L, hidden)."""
         plan = make_plan(batch, caches)
         angles = RotaryAngles(self._frequencies, batch.positions, self.dtype, self._axes)
         x = self._embedding(batch.token_ids)
@@ -69,7 +74,7 @@ class Qwen35:
             else:
                 x = x + layer.mixer(normed, plan, *next(states))
             x = x + layer.mlp(layer.mlp_norm(x))
-        return self._head(self._norm(x[batch.logit_rows])).float()
+        return self._norm(x[batch.logit_rows])
 
 
 def _image_axes(config: ModelConfig, frequencies: Tensor) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import torch
@@ -18,6 +18,7 @@ _DTYPES: Final = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_EMBEDDINGS: Final = ("embed_tokens.weight", "embeddings.word_embeddings.weight")
 _FP8: Final = "F8_E4M3"
 _FP8_BLOCK = 128
 
@@ -29,6 +30,7 @@ class SafetensorsWeights:
         directory: where the files lie.
         with_vision: whether the vision tower's are among them.
         progress: called after each tensor with the bytes read and the bytes in all.
+        tensors: what is read of them instead.
 
     Raises:
         CheckpointError: the files are missing, malformed or cut short.
@@ -40,9 +42,12 @@ class SafetensorsWeights:
         progress: Callable[[int, int], None],
         *,
         with_vision: bool = False,
+        tensors: Mapping[str, StoredTensor] | None = None,
     ) -> None:
         self._directory = directory
-        self._tensors = list_tensors(directory, with_vision=with_vision)
+        if tensors is None:
+            tensors = list_tensors(directory, with_vision=with_vision)
+        self._tensors = tensors
         self._progress = progress
         self._bytes_done = 0
         self._bytes_total = sum(t.num_bytes for t in self._tensors.values())
@@ -63,7 +68,8 @@ class SafetensorsWeights:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the embedding, which no quantisation touches."""
-        return _DTYPES.get(self._tensors["embed_tokens.weight"].dtype, torch.bfloat16)
+        first = next(self._tensors[name] for name in _EMBEDDINGS if name in self._tensors)
+        return _DTYPES.get(first.dtype, torch.bfloat16)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Read one tensor; 8-bit floating-point weights come back scaled, in float32."""
