@@ -30,6 +30,7 @@ from cortex.neuron.engine.protocol import (
     MAX_FRAME_BYTES,
     Cancel,
     Command,
+    Embed,
     EngineStats,
     Event,
     ImagePixels,
@@ -259,7 +260,9 @@ class EngineClient:
             ) from exc
         return self.loaded
 
-    def submit(self, requests: Sequence[Submit], pixels: Sequence[bytes] = ()) -> Generation:
+    def submit(
+        self, requests: Sequence[Submit | Embed], pixels: Sequence[bytes] = ()
+    ) -> Generation:
         """Hand the sequences of a request to the engine, under request ids of this client's.
 
         Args:

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 
 from cortex.core.errors import InternalError
+from cortex.neuron.engine.embedder import Embedder
+from cortex.neuron.engine.embedding_loader import load_embedder
 from cortex.neuron.engine.engine import Engine
 from cortex.neuron.engine.free_memory import free_memory_bytes
 from cortex.neuron.engine.protocol import Loaded, LoadModel, Progress
@@ -21,6 +23,7 @@ from cortex.neuron.engine.sizing import (
 )
 from cortex.neuron.layers.context import Caches
 from cortex.neuron.models.base import CausalLM
+from cortex.neuron.models.embedding_config import read_embedding_spec
 from cortex.neuron.models.registry import load_causal_lm
 
 # Bound of an engine's own queue. The neuron admits far fewer at a time; this only stops a flood.
@@ -39,8 +42,8 @@ def load_engine(
     *,
     progress: Callable[[Progress], None],
     clock: Callable[[], float] = time.monotonic,
-) -> tuple[Engine, Loaded]:
-    """Load a checkpoint and return an engine that is ready to serve it.
+) -> tuple[Engine | Embedder, Loaded]:
+    """Load a checkpoint and return an engine that is ready to serve it, of the kind it is for.
 
     Args:
         progress: called as the load goes on; what it raises ends the load.
@@ -64,6 +67,17 @@ def load_engine(
             )
         progress(Progress(phase="weights", bytes_done=bytes_done, bytes_total=bytes_total))
 
+    embedding = read_embedding_spec(command.source)
+    if embedding is not None:
+        return load_embedder(
+            command,
+            embedding,
+            device=device,
+            dtype=_DTYPES[command.dtype],
+            on_weights=on_weights,
+            progress=progress,
+            clock=clock,
+        )
     model = load_causal_lm(
         command.source, device=device, dtype=_DTYPES[command.dtype], progress=on_weights
     )

@@ -17,18 +17,22 @@ import torch
 
 from cortex.core.errors import CheckpointError, CortexError
 from cortex.core.logs import configure
+from cortex.neuron.engine.embedder import Embedder
 from cortex.neuron.engine.engine import Engine
 from cortex.neuron.engine.link import LinkClosedError, NeuronLink
 from cortex.neuron.engine.loader import load_engine
 from cortex.neuron.engine.protocol import (
     Cancel,
     Command,
+    Embed,
     ImagePixels,
     Loaded,
     LoadFailed,
     LoadModel,
     Progress,
+    StepDone,
     Submit,
+    TokenEvent,
 )
 from cortex.neuron.engine.sizing import OutOfDeviceMemoryError
 
@@ -40,7 +44,7 @@ EXIT_DEVICE_LOST = 4
 
 _PR_SET_PDEATHSIG = 1
 
-Loader = Callable[..., tuple[Engine, Loaded]]
+Loader = Callable[..., tuple[Engine | Embedder, Loaded]]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -109,10 +113,10 @@ def serve(link: NeuronLink, *, loader: Loader = load_engine) -> int:
         grammars.shutdown(wait=False, cancel_futures=True)
 
 
-def _steps(link: NeuronLink, engine: Engine, commands: list[Command]) -> int:
+def _steps(link: NeuronLink, engine: Engine | Embedder, commands: list[Command]) -> int:
     while True:
         for command in commands:
-            _apply(engine, command)
+            _apply(link, engine, command)
         engine.admit_ready()
         if engine.has_news:
             # Refusals and freed slots are not kept back for the length of a step.
@@ -124,13 +128,24 @@ def _steps(link: NeuronLink, engine: Engine, commands: list[Command]) -> int:
         commands = link.receive(wait=not engine.has_work)
 
 
-def _apply(engine: Engine, command: Command) -> None:
-    if isinstance(command, Submit):
-        engine.submit(command)
-    elif isinstance(command, ImagePixels):
-        engine.take_pixels(command)
-    elif isinstance(command, Cancel):
+def _apply(link: NeuronLink, engine: Engine | Embedder, command: Command) -> None:
+    if isinstance(command, Cancel):
         engine.cancel(command.request_id)
+    elif isinstance(command, Submit):
+        engine.submit(command)
+    elif isinstance(command, Embed) and isinstance(engine, Embedder):
+        engine.embed(command)
+    elif isinstance(command, ImagePixels) and isinstance(engine, Engine):
+        engine.take_pixels(command)
+    elif isinstance(command, Embed):
+        event = TokenEvent(
+            request_id=command.request_id,
+            finish="error",
+            error="this model writes text and makes no vectors",
+            is_refusal=True,
+        )
+        done = engine.report()
+        link.send(StepDone(events=[*done.events, event], stats=done.stats))
     else:
         _log.error("a second %s is ignored", type(command).__name__)
 

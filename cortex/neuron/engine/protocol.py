@@ -121,6 +121,13 @@ class Submit(msgspec.Struct, kw_only=True, frozen=True, tag="submit"):
     images: list[ImageSpan] = []
 
 
+class Embed(msgspec.Struct, kw_only=True, frozen=True, tag="embed"):
+    """Make the vector of one text; for a model that makes vectors."""
+
+    request_id: int
+    prompt_ids: list[int]
+
+
 class Cancel(msgspec.Struct, kw_only=True, frozen=True, tag="cancel"):
     """Stop a sequence and free what it holds; unknown ids are ignored."""
 
@@ -178,7 +185,7 @@ class TokenEvent(msgspec.Struct, kw_only=True, frozen=True):
     prompt tokens taken from a prefix cache; a prompt that takes several steps has an event of
     its own for it after the first. `is_refusal` goes with an error for which the
     request is to blame: it would end the same way again. `code` is the error's machine-readable
-    cause where it has one.
+    cause where it has one. `vector` is the whole answer to an `Embed`, as little-endian float32.
     """
 
     request_id: int
@@ -189,6 +196,7 @@ class TokenEvent(msgspec.Struct, kw_only=True, frozen=True):
     code: str | None = None
     logprobs: list[Logprob] | None = None
     cached_tokens: int = 0
+    vector: bytes | None = None
 
 
 class EngineStats(msgspec.Struct, kw_only=True, frozen=True):
@@ -214,7 +222,7 @@ class StepDone(msgspec.Struct, kw_only=True, frozen=True, tag="step"):
     stats: EngineStats
 
 
-Command = LoadModel | ImagePixels | Submit | Cancel | Shutdown
+Command = LoadModel | ImagePixels | Submit | Embed | Cancel | Shutdown
 Event = Progress | Loaded | LoadFailed | StepDone
 
 COMMANDS = msgspec.msgpack.Decoder(Command)
