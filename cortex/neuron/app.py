@@ -29,6 +29,7 @@ from cortex.neuron.chat.images import ImageLimits
 from cortex.neuron.chat.model import ChatModel, load_chat_model
 from cortex.neuron.command.harness import CommandHarness
 from cortex.neuron.discovery import Monitor, NvmlProbe, Probe
+from cortex.neuron.embeddings import Embeddings
 from cortex.neuron.events import EventHub
 from cortex.neuron.fetch import ImageFetcher
 from cortex.neuron.guard import FleetGuard
@@ -130,6 +131,7 @@ async def open_app(
         ),
         wall_clock=_unix_s,
     )
+    embeddings = Embeddings(accounts)
     # A thread of its own: the loop waits at its end for those of its default executor.
     reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="library")
     activator = Activator(lifecycle, config.default_models)
@@ -145,6 +147,7 @@ async def open_app(
     handlers = Handlers(
         lifecycle=lifecycle,
         inference=inference,
+        embeddings=embeddings,
         relay=Relay(accounts, limits=command, clock=clock),
         views=views,
         events=events,
@@ -165,6 +168,7 @@ async def open_app(
                     task.cancel()
     finally:
         inference.close()
+        embeddings.close()
         harness.close()
         hub.close()
         monitor.close()

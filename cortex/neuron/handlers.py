@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from cortex.core.completions import CompletionRequest, parse_completion_request
 from cortex.core.decode import decode_body
+from cortex.core.embeddings import EMBEDDINGS_PATH, parse_embedding_request
 from cortex.core.errors import ModelNotFoundError
 from cortex.core.neuron_api import (
     Endpoint,
@@ -32,6 +33,7 @@ from cortex.core.web import (
     read_body,
 )
 from cortex.neuron.command.rewrite import Head, parse_head
+from cortex.neuron.embeddings import Embeddings
 from cortex.neuron.events import PING, EventHub
 from cortex.neuron.inference import Inference
 from cortex.neuron.lifecycle import Lifecycle
@@ -65,6 +67,7 @@ class Handlers:
         *,
         lifecycle: Lifecycle,
         inference: Inference,
+        embeddings: Embeddings,
         relay: Relay,
         views: Views,
         events: EventHub,
@@ -73,6 +76,7 @@ class Handlers:
     ) -> None:
         self._lifecycle = lifecycle
         self._inference = inference
+        self._embeddings = embeddings
         self._relay = relay
         self._views = views
         self._events = events
@@ -97,6 +101,7 @@ class Handlers:
                 Route("/v1/models", self.cards),
                 Route(CHAT_PATH, self.chat, methods=["POST"]),
                 Route(COMPLETIONS_PATH, self.completions, methods=["POST"]),
+                Route(EMBEDDINGS_PATH, self.embeddings, methods=["POST"]),
                 Route("/v1/tokenize", self.tokenize, methods=["POST"]),
             ]
         )
@@ -237,6 +242,17 @@ class Handlers:
             request, self._relay.complete(path, body, head, serving, headers)
         )
         return Response(completion, media_type="application/json")
+
+    async def embeddings(self, request: Request) -> Response | EventStream:
+        """`POST /v1/embeddings`; no stream, whatever the body says."""
+        body = await read_body(request, max_bytes=self._max_body_bytes)
+        head = msgspec.structs.replace(parse_head(body), stream=False)
+        if self._lifecycle.is_external(head.model):
+            return await self._relayed(request, EMBEDDINGS_PATH, body, head)
+        asked = parse_embedding_request(body)
+        serving = self._inference.serving(asked.model)
+        answer = await cancel_on_disconnect(request, self._embeddings.answer(asked, serving))
+        return Response(answer, media_type="application/json")
 
     async def tokenize(self, request: Request) -> Response:
         """`POST /v1/tokenize`."""

@@ -38,9 +38,10 @@ _LIBRARY_ERRORS = (
     ValueError,
     RuntimeError,
 )
-# Files beside each other at the top of a repository; other formats are left where they are.
+# Files beside each other at the top of a repository; other formats are left where they are. Of
+# folders, the numbered ones of sentence-transformers are of use, and their settings alone.
 _ALLOWED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
-_IGNORED = ["*/*", "onnx*"]
+_IGNORED = ["[!0-9]*/*", "*/*/*", "*/*.safetensors", "*/*.safetensors.index.json", "onnx*"]
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 OnBytes = Callable[[int, int], None]  # done, total so far known

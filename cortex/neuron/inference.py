@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TypeVar, TypeVarTuple
 
 from cortex.core.completions import CompletionRequest, TextCompletion
+from cortex.core.embeddings import TEXT, cannot
 from cortex.core.errors import BadRequestError, CortexError
 from cortex.core.openai import (
     SSE_DONE,
@@ -159,9 +160,11 @@ class Inference:
     async def _prepare(
         self, request: ChatRequest | CompletionRequest, serving: Serving
     ) -> Prepared | PreparedTexts:
+        assert serving.chat is not None
+        if serving.chat.embedding is not None:
+            raise cannot(serving.model_id, TEXT)
         # A full queue is told before any work is done on the prompt.
         serving.admission.check(request.num_choices)
-        assert serving.chat is not None
         if isinstance(request, CompletionRequest):
             return await self._in_thread(prepare_texts, request, serving.chat)
         fetched = await self._fetch(request, serving.chat)

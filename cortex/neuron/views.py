@@ -6,6 +6,7 @@ import msgspec
 
 from cortex.core.build import version
 from cortex.core.command import CommandModel
+from cortex.core.embeddings import EMBEDDINGS, TEXT
 from cortex.core.neuron_api import (
     VISION,
     Activation,
@@ -262,7 +263,9 @@ def _capabilities(command: CommandModel | None, facts: ModelFacts | None) -> lis
         return command.capabilities
     if facts is None:
         return []
-    return ["text", VISION] if facts.takes_images else ["text"]
+    if facts.embedding is not None:
+        return [EMBEDDINGS]
+    return [TEXT, VISION] if facts.takes_images else [TEXT]
 
 
 def _traits(

@@ -4,6 +4,7 @@ import threading
 import httpx2
 import pytest
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import filter_repo_objects
 
 from cortex.core.errors import BadRequestError, CheckpointError, LoadFailedError, ModelNotFoundError
 from cortex.neuron.hub import (
@@ -40,7 +41,21 @@ async def test_a_repository_is_fetched_into_the_cache_with_the_needed_files_only
     assert (seen["repo_id"], seen["cache_dir"]) == ("org/name", "/cache")
     assert "*.safetensors" in seen["allow_patterns"]
     assert not {"*", "*.bin", "*.pt"} & set(seen["allow_patterns"])
-    assert "*/*" in seen["ignore_patterns"]
+    wanted = filter_repo_objects(
+        [
+            "model.safetensors",
+            "config.json",
+            "1_Pooling/config.json",
+            "2_Dense/model.safetensors",
+            "onnx/config.json",
+            "1_Pooling/deep/config.json",
+            "original/params.json",
+            "pytorch_model.bin",
+        ],
+        allow_patterns=seen["allow_patterns"],
+        ignore_patterns=seen["ignore_patterns"],
+    )
+    assert list(wanted) == ["model.safetensors", "config.json", "1_Pooling/config.json"]
 
 
 async def test_bytes_are_reported_in_the_event_loop(tmp_path):

@@ -1,7 +1,8 @@
 """An engine process without torch: speaks the protocol and does what a script tells it.
 
 The script is `script.json` in the model's directory (see `Script`); each start adds a line with
-its process id to `starts` there. A request's answer is its own prompt, one token per step.
+its process id to `starts` there. A request's answer is its own prompt, one token per step; a text's
+vector is its first token, its last one and their number.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import os
 import selectors
 import signal
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ import msgspec
 from cortex.neuron.engine.protocol import (
     COMMANDS,
     Cancel,
+    Embed,
     EngineStats,
     Loaded,
     LoadFailed,
@@ -89,6 +92,7 @@ class _Fake:
         self.buffer = b""
         self.script = Script()
         self.running: dict[int, tuple[Submit, int]] = {}
+        self.texts: dict[int, Embed] = {}
 
     def send(self, message: object) -> None:
         self.connection.sendall(encode_frame(message))  # type: ignore[arg-type]
@@ -143,7 +147,7 @@ class _Fake:
         )
 
     def stats(self) -> EngineStats:
-        running = len(self.running)
+        running = len(self.running) + len(self.texts)
         return EngineStats(
             num_running=running,
             free_slots=max(0, self.script.max_num_seqs - running),
@@ -165,8 +169,13 @@ class _Fake:
                     self.connection.close()
                     signal.pause()
                 self.running[command.request_id] = (command, 0)
+            case Embed():
+                if self.script.die_on_id in command.prompt_ids:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                self.texts[command.request_id] = command
             case Cancel():
-                if self.running.pop(command.request_id, None) is not None:
+                request_id = command.request_id
+                if self.running.pop(request_id, None) or self.texts.pop(request_id, None):
                     event = TokenEvent(request_id=command.request_id, finish="cancelled")
                     self.send(StepDone(events=[event], stats=self.stats()))
             case Shutdown():
@@ -175,6 +184,12 @@ class _Fake:
 
     def step(self) -> None:
         events = []
+        if self.texts:
+            # One text a step, the latest first.
+            request_id, embed = self.texts.popitem()
+            ids = embed.prompt_ids
+            vector = struct.pack("<3f", ids[0], ids[-1], len(ids))
+            events.append(TokenEvent(request_id=request_id, finish="stop", vector=vector))
         for request_id, (submit, at) in list(self.running.items()):
             answer = (submit.prompt_ids * self.script.repeat)[: submit.max_tokens]
             end = min(at + self.script.burst, len(answer))
@@ -192,9 +207,10 @@ class _Fake:
 
     def run(self) -> None:
         while True:
-            for command in self.commands(wait_s=0.0 if self.running else None):
+            has_work = self.running or self.texts
+            for command in self.commands(wait_s=0.0 if has_work else None):
                 self.take(command)
-            if self.running:
+            if self.running or self.texts:
                 self.step()
 
 

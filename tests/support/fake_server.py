@@ -121,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
             tokens = list(range(len(words_of(body))))
             self.answer(200, {"count": len(tokens), "max_model_len": 4096, "tokens": tokens})
             return
-        if self.path not in ("/v1/chat/completions", "/v1/completions"):
+        if self.path not in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
             self.answer(404, {"detail": "Not Found"})
             return
         with (self.directory / "requests").open("a") as file:
@@ -131,6 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(404, {"error": {"message": f"no model {body['model']}", "code": 404}})
         elif script.status != 200:
             self.answer(script.status, script.error)
+        elif self.path == "/v1/embeddings":
+            self.embed(script, body)
         elif body.get("stream"):
             self.stream(script, body)
         else:
@@ -147,6 +149,16 @@ class _Handler(BaseHTTPRequestHandler):
         choice = {"index": 0, **said, "finish_reason": "stop", "own_field": [1, 2]}
         answer = {**self.head(body), "choices": [choice], "usage": usage(words)}
         self.answer(200, answer)
+
+    def embed(self, script: Script, body: Any) -> None:
+        time.sleep(script.mute_s)
+        texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
+        data = [
+            {"object": "embedding", "index": at, "embedding": [float(len(text)), 0.25]}
+            for at, text in enumerate(texts)
+        ]
+        counts = {"prompt_tokens": 5, "total_tokens": 5}
+        self.answer(200, {"object": "list", "data": data, "model": body["model"], "usage": counts})
 
     def stream(self, script: Script, body: Any) -> None:
         words = words_of(body)

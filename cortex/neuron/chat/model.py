@@ -19,7 +19,9 @@ from cortex.neuron.chat.tokenizer import (
     tokenizer_from_gguf,
 )
 from cortex.neuron.models.config import GenerationDefaults
-from cortex.neuron.models.facts import read_config
+from cortex.neuron.models.embedding_config import EmbeddingSpec, read_embedding_spec
+from cortex.neuron.models.encoder_config import read_encoder_config
+from cortex.neuron.models.facts import bounded, read_config
 from cortex.neuron.models.gguf_file import read_gguf
 from cortex.neuron.models.source import ModelSource
 
@@ -39,6 +41,7 @@ class ChatModel:
             `dataclasses.replace`.
         default_max_tokens: length of an answer whose request sets no limit.
         images: None where the model reads text only.
+        embedding: how it makes vectors; None where it is made to write.
     """
 
     model_id: str
@@ -51,6 +54,7 @@ class ChatModel:
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     default_max_tokens: int = DEFAULT_MAX_TOKENS
     images: ImageReader | None = None
+    embedding: EmbeddingSpec | None = None
 
     def asked(self, request: LoadRequest) -> "ChatModel":
         """Return the model with what a load request sets; what it leaves out stays."""
@@ -102,6 +106,9 @@ def load_chat_model(
         CheckpointError: a file is missing, damaged or of an unsupported kind; names it.
     """
     path = Path(source.path)
+    embedding = read_embedding_spec(source)
+    if embedding is not None:
+        return _embedding_model(source, embedding, model_id, cache_dir)
     config = read_config(source)
     eos_ids = frozenset(config.generation.eos_ids)
     if source.kind == "gguf":
@@ -122,6 +129,23 @@ def load_chat_model(
         max_model_len=config.model.max_position_embeddings,
         defaults=config.generation,
         images=None if vision is None else ImageReader(vision, image_limits or ImageLimits()),
+    )
+
+
+def _embedding_model(
+    source: ModelSource, spec: EmbeddingSpec, model_id: str, cache_dir: Path
+) -> ChatModel:
+    path = Path(source.path)
+    if spec.is_encoder:
+        longest = read_encoder_config(path).max_tokens
+    else:
+        longest = read_config(source).model.max_position_embeddings
+    return ChatModel(
+        model_id=model_id,
+        tokenizer=tokenizer_from_directory(path, cache_dir=cache_dir),
+        template=None,
+        max_model_len=bounded(longest, spec),
+        embedding=spec,
     )
 
 
