@@ -11,6 +11,7 @@ from typing import Protocol
 
 import msgspec
 
+from cortex.core.embeddings import TEXT, cannot
 from cortex.core.errors import (
     CortexError,
     ModelLoadingError,
@@ -63,6 +64,7 @@ class Ask:
         path: where at the node it goes.
         body: OpenAI-dialect JSON; its bytes are forwarded, but for `model` behind an alias.
         check: raises where the body is no request that our own engine would take.
+        capability: what the model has to be made for.
         headers: those that the node is to see.
         caller: whom it is counted for.
         session: names the conversation it belongs to, where the caller says so.
@@ -75,6 +77,7 @@ class Ask:
     path: str
     body: bytes
     check: Callable[[bytes], object] = parse_chat_request
+    capability: str = TEXT
     headers: Mapping[str, str] = field(default_factory=dict)
     caller: Caller = ANONYMOUS
     session: str = ""
@@ -389,6 +392,7 @@ class Dispatcher:
             # external engine takes is for the engine to say.
             if not self._is_external(route.model_id):
                 journey.ask.check(journey.ask.body)
+                self._check_capability(journey.ask, route.model_id)
             journey.is_checked = True
         if journey.routes > MAX_ROUTES:
             raise journey.error or ServiceUnavailableError(
@@ -397,6 +401,13 @@ class Dispatcher:
                 retry_after_s=LOADING_RETRY_S,
             )
         return route
+
+    def _check_capability(self, ask: Ask, model_id: str) -> None:
+        """Raise where every node that knows the model says that it is made for something else."""
+        infos = [node.models.get(model_id) for node in self._fleet.snapshot().nodes]
+        told = [info.capabilities for info in infos if info is not None and info.capabilities]
+        if told and not any(ask.capability in each for each in told):
+            raise cannot(ask.name, ask.capability)
 
     def _is_external(self, model_id: str) -> bool:
         entry = self._live.catalogue.find(model_id)

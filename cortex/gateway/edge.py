@@ -48,11 +48,12 @@ class Visit:
         self._timing: RequestTiming | None = None
         self._is_final = False
 
-    async def admit(self, body: bytes | None) -> None:
+    async def admit(self, body: bytes | None, *, writes: bool = True) -> None:
         """Have the request counted against its key's limits; at most once.
 
         Args:
             body: what its tokens are estimated from; None for one that spends none.
+            writes: whether the answer has tokens, too.
 
         Raises:
             RateLimitError, QuotaExceededError, LimitsUnavailableError: it has to wait.
@@ -60,7 +61,7 @@ class Visit:
         assert self._reservation is None
         if not self.caller.is_limited:
             return
-        self._reservation = self._limiter.begin(self.caller, body)
+        self._reservation = self._limiter.begin(self.caller, body, writes=writes)
         try:
             await self._limiter.count(self._reservation)
         except (RateLimitError, QuotaExceededError) as exc:

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 from cortex.core import anthropic, openai, translate
 from cortex.core.completions import parse_completion_request
 from cortex.core.decode import decode_body
+from cortex.core.embeddings import EMBEDDINGS, EMBEDDINGS_PATH, parse_embedding_request
 from cortex.core.errors import (
     MissingModelError,
     ModelNotFoundError,
@@ -26,7 +27,7 @@ from cortex.core.web import (
 from cortex.gateway.auth import Caller, refusal
 from cortex.gateway.counting import count_tokens
 from cortex.gateway.decisions import Decisions
-from cortex.gateway.dispatch import Dispatcher
+from cortex.gateway.dispatch import Ask, Dispatcher
 from cortex.gateway.edge import visit_of
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.intake import (
@@ -88,6 +89,7 @@ class Handlers:
             Route("/v1/models/{name:path}", with_caller(self._model), methods=["GET"]),
             Route(CHAT_PATH, with_caller(self._chat), methods=["POST"]),
             Route(COMPLETIONS_PATH, with_caller(self._completions), methods=["POST"]),
+            Route(EMBEDDINGS_PATH, with_caller(self._embeddings), methods=["POST"]),
             Route("/v1/messages", with_caller(self._messages), methods=["POST"]),
             Route("/v1/messages/count_tokens", with_caller(self._count_tokens), methods=["POST"]),
         ]
@@ -134,16 +136,29 @@ class Handlers:
     async def _completions(self, request: Request, caller: Caller) -> ASGIApp:
         return await self._relayed(request, COMPLETIONS_PATH, parse_completion_request)
 
+    async def _embeddings(self, request: Request, caller: Caller) -> ASGIApp:
+        body = await self._intake.body(request)
+        model = _named_model(decode_body(_head_decoder, body))
+        await self._intake.admit(request, model, body, writes=False)
+        ask = self._intake.ask(
+            request,
+            name=model,
+            path=EMBEDDINGS_PATH,
+            body=body,
+            check=parse_embedding_request,
+            capability=EMBEDDINGS,
+        )
+        return await self._whole(request, ask)
+
     async def _relayed(
         self, request: Request, path: str, check: Callable[[bytes], object]
     ) -> ASGIApp:
         """Answer with the bytes of a node, at the path that it was asked for here."""
         body = await self._intake.body(request)
         head = decode_body(_head_decoder, body)
-        if not head.model:
-            raise MissingModelError("the request names no model; set `model`", param="model")
-        await self._intake.admit(request, head.model, body)
-        ask = self._intake.ask(request, name=head.model, path=path, body=body, check=check)
+        model = _named_model(head)
+        await self._intake.admit(request, model, body)
+        ask = self._intake.ask(request, name=model, path=path, body=body, check=check)
         if head.stream:
             return EventStream(
                 self._dispatcher.stream(ask, openai.KEEPALIVE),
@@ -152,6 +167,9 @@ class Handlers:
                 on_error=openai.error_event,
                 headers=self._intake.exposed(ask),
             )
+        return await self._whole(request, ask)
+
+    async def _whole(self, request: Request, ask: Ask) -> Response:
         answer = await cancel_on_disconnect(request, self._dispatcher.whole(ask))
         return Response(answer, headers=self._intake.exposed(ask), media_type="application/json")
 
@@ -212,6 +230,12 @@ class Handlers:
         )
         count = await count_tokens(request, self._dispatcher, chat)
         return json_response(anthropic.CountTokensResponse(input_tokens=count))
+
+
+def _named_model(head: openai.RequestHead) -> str:
+    if not head.model:
+        raise MissingModelError("the request names no model; set `model`", param="model")
+    return head.model
 
 
 def metrics_routes(metrics: Metrics) -> list[Route]:

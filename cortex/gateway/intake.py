@@ -7,6 +7,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
+from cortex.core.embeddings import TEXT
 from cortex.core.errors import ModelNotFoundError, UpstreamMalformedError
 from cortex.core.openai import parse_chat_request
 from cortex.core.web import read_body
@@ -63,15 +64,18 @@ class Intake:
             return True
         return all(caller.may_use(each) for each in targets)
 
-    async def admit(self, request: Request, name: str, body: bytes | None) -> None:
+    async def admit(
+        self, request: Request, name: str, body: bytes | None, *, writes: bool = True
+    ) -> None:
         """Check the model's name, then count the request against its key's limits.
 
         Args:
             body: what is read to estimate its tokens; None where it spends none.
+            writes: whether the answer has tokens, too.
         """
         visit = visit_of(request.scope)
         self.check_model(visit.caller, name)
-        await visit.admit(body)
+        await visit.admit(body, writes=writes)
 
     def ask(
         self,
@@ -81,11 +85,13 @@ class Intake:
         path: str,
         body: bytes,
         check: Callable[[bytes], object] = parse_chat_request,
+        capability: str = TEXT,
         cache_key: str | None = None,
     ) -> Ask:
         """Return what the dispatcher is asked for a request.
 
         Args:
+            capability: what the model has to be made for.
             cache_key: names the conversation where no header does.
         """
         visit = visit_of(request.scope)
@@ -94,6 +100,7 @@ class Intake:
             path=path,
             body=body,
             check=check,
+            capability=capability,
             headers=_forwarded(request),
             caller=visit.caller,
             session=_session(request) or cache_key or "",

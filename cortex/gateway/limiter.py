@@ -117,18 +117,21 @@ class Limiter:
         """Whether finished requests are logged."""
         return self._config.usage_log
 
-    def begin(self, caller: Caller, body: bytes | None) -> Reservation:
+    def begin(self, caller: Caller, body: bytes | None, *, writes: bool = True) -> Reservation:
         """Take a request in hand; it is to be settled however it ends.
 
         Args:
             body: what the estimate is made from; None for a request that spends no tokens.
+            writes: whether the answer has tokens, too.
 
         Raises:
             RateLimitError: the key has as many requests in hand as it may.
         """
         prompt, answer = (0, 0)
         if body is not None and any(rule.unit == "tokens" for rule in caller.rules):
-            prompt, answer = estimate_tokens(body, self._config.reserve_output_tokens)
+            prompt, answer = estimate_tokens(
+                body, self._config.reserve_output_tokens if writes else 0
+            )
         self._enter(caller)
         return Reservation(caller=caller, prompt_tokens=prompt, tokens=prompt + answer)
 

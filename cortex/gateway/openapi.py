@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from cortex.core import anthropic, completions, openai, response_items, responses
+from cortex.core import anthropic, completions, embeddings, openai, response_items, responses
 from cortex.core.build import version
 from cortex.gateway.decisions import WhyReport
 from cortex.gateway.plans import PlanReport
@@ -70,6 +70,13 @@ OPERATIONS = (
         body=completions.CompletionRequest,
         answers=(completions.TextCompletion,),
         streams=True,
+    ),
+    Operation(
+        method="POST",
+        path="/v1/embeddings",
+        summary="Make vectors of texts",
+        body=embeddings.EmbeddingRequest,
+        answers=(embeddings.EmbeddingList,),
     ),
     Operation(
         method="POST",

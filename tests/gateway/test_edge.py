@@ -16,6 +16,7 @@ from tests.support.mock_neuron import MockModel, MockNeuron
 PATHS = (
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/embeddings",
     "/v1/messages",
     "/v1/messages/count_tokens",
 )

@@ -106,6 +106,17 @@ def completion(
     return {**head(model_id, ""), "choices": [choice], "usage": counts}
 
 
+def embeddings(model: MockModel, asked: dict[str, Any]) -> dict[str, Any]:
+    """Return a vector of each text: how long it is, and how many there are."""
+    texts = [asked["input"]] if isinstance(asked["input"], str) else asked["input"]
+    data = [
+        {"object": "embedding", "index": at, "embedding": [float(len(text)), float(len(texts))]}
+        for at, text in enumerate(texts)
+    ]
+    counts = {"prompt_tokens": model.prompt_tokens, "total_tokens": model.prompt_tokens}
+    return {"object": "list", "data": data, "model": model.id, "usage": counts}
+
+
 def rendered(asked: dict[str, Any]) -> bytes:
     """Return the prompt that a request's messages and tools make; an answer continues it."""
     parts = [msgspec.json.encode(asked["tools"])] if asked.get("tools") else []

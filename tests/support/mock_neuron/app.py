@@ -39,6 +39,7 @@ from tests.support.mock_neuron.script import MockModel, Seen
 KEEPALIVE_S = 1.0
 # Answered from the script alone, by models without an engine.
 COMPLETIONS_PATH = "/v1/completions"
+EMBEDDINGS_PATH = "/v1/embeddings"
 BUSY_RETRY_S = 7
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -101,6 +102,7 @@ class MockNeuron(Node):
                 web.get("/v1/models", self._cards),
                 web.post("/v1/chat/completions", self._chat),
                 web.post(COMPLETIONS_PATH, self._chat),
+                web.post(EMBEDDINGS_PATH, self._chat),
                 web.post("/v1/tokenize", self._tokenize),
                 web.post("/mock/fault", self._fault),
                 web.post("/mock/clear", self._clear),
@@ -265,6 +267,8 @@ class MockNeuron(Node):
             return answers.cut(request)
         if model.fault == "malformed":
             return web.Response(text="certainly not JSON")
+        if request.path == EMBEDDINGS_PATH:
+            return answers.json_answer(answers.embeddings(model, asked))
         if model.running is not None:
             return await self._from_engine(request, model, asked)
         if asked.get("stream"):
