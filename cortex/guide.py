@@ -8,6 +8,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cortex.core.embeddings import EMBEDDINGS, EMBEDDINGS_PATH
 from cortex.core.errors import LoadFailedError, UpstreamConnectionError
 from cortex.core.neuron_api import ModelInfo
 
@@ -74,9 +75,26 @@ def greeting(gateway_url: str, model_id: str, models: list[ModelInfo]) -> str:
     lines += [f"  {each:<28} loads on its first request" for each in cold[:MAX_LISTED]]
     if len(cold) > MAX_LISTED:
         lines.append(f"  ... and {len(cold) - MAX_LISTED} more: {gateway_url}/v1/models")
-    talkative = cold[0] if cold else model_id
-    lines += [
+    embedders = {model.id for model in models if EMBEDDINGS in model.capabilities}
+    writers = [each for each in (*cold, model_id) if each not in embedders]
+    if model_id in embedders:
+        lines += ["", *_embedding_example(gateway_url, model_id)]
+    else:
+        lines += ["", *_chat_examples(gateway_url, writers[0], model_id)]
+    return "\n".join([*lines, "", "Ctrl-C ends it.", ""])
+
+
+def _embedding_example(gateway_url: str, model_id: str) -> list[str]:
+    return [
+        "Ask for embeddings:",
         "",
+        f"  curl {gateway_url}{EMBEDDINGS_PATH} -H 'content-type: application/json' -d \\",
+        f'    \'{{"model": "{model_id}", "input": ["What is the capital of France?", "Paris"]}}\'',
+    ]
+
+
+def _chat_examples(gateway_url: str, talkative: str, model_id: str) -> list[str]:
+    return [
         "Ask in either dialect:",
         "",
         f"  curl {gateway_url}/v1/chat/completions -H 'content-type: application/json' -d \\",
@@ -86,8 +104,4 @@ def greeting(gateway_url: str, model_id: str, models: list[ModelInfo]) -> str:
         f"  curl {gateway_url}/v1/messages -H 'content-type: application/json' -d \\",
         f'    \'{{"model": "{model_id}", "max_tokens": 200, "stream": true, "messages": '
         '[{"role": "user", "content": "Who are you?"}]}\'',
-        "",
-        "Ctrl-C ends it.",
-        "",
     ]
-    return "\n".join(lines)

