@@ -4,10 +4,12 @@ import asyncio
 import signal
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 
 import msgspec
+from starlette.types import ASGIApp
 
 from cortex.core.catalogue import Catalogue
 from cortex.core.config import (
@@ -27,7 +29,6 @@ from cortex.core.notify import Notifier
 from cortex.core.serve import Listener, bind, serve, shutdown_on_signals, told
 from cortex.gateway.app import GatewayApps, open_apps
 from cortex.guide import guide
-from cortex.neuron.app import open_app
 
 OnReady = Callable[[str, str], Awaitable[None]]
 
@@ -89,6 +90,22 @@ def _named_model(model: str | None) -> tuple[str, dict[str, str]]:
     return model, {}
 
 
+def _open_neuron(config: NeuronConfig) -> AbstractAsyncContextManager[ASGIApp]:
+    """Return the neuron's app, imported here: a gateway goes without the libraries of one.
+
+    Raises:
+        StartupError: they are not installed.
+    """
+    try:
+        from cortex.neuron.app import open_app
+    except ModuleNotFoundError as exc:
+        raise StartupError(
+            f"the libraries of a neuron are not installed here ({exc.name} is missing); install "
+            "one of the helexa-neuron packages, or cortex with all that it depends on"
+        ) from exc
+    return open_app(config)
+
+
 async def run_gateway(config: GatewayConfig, catalogue: Catalogue, source: Path) -> None:
     """Serve the gateway until SIGTERM or SIGINT; SIGHUP has the configuration read again.
 
@@ -129,7 +146,7 @@ async def run_neuron(config: NeuronConfig) -> None:
     shutdown = shutdown_on_signals(limit_s)
     bound = bind(config.host, config.port, "neuron")
     notifier = Notifier(service_environment())
-    async with told(notifier, shutdown, limit_s), open_app(config) as app:
+    async with told(notifier, shutdown, limit_s), _open_neuron(config) as app:
         listener = Listener(app=app, name="neuron", bound=bound, tls=config)
         await serve(
             [listener],
@@ -170,7 +187,7 @@ async def run_both(gateway: GatewayConfig, neuron: NeuronConfig, on_ready: OnRea
                 failure = exc
                 shutdown.set()
 
-    async with open_app(neuron) as neuron_app, asyncio.TaskGroup() as tasks:
+    async with _open_neuron(neuron) as neuron_app, asyncio.TaskGroup() as tasks:
         # The neuron serves first, so that the gateway's first look at it succeeds.
         listener = Listener(app=neuron_app, name="neuron", bound=inner)
         tasks.create_task(

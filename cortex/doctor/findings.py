@@ -11,6 +11,9 @@ import msgspec
 # `note`: as it may well be meant. `warn`: it serves, but badly or not all. `fail`: it does not.
 Level = Literal["ok", "note", "warn", "fail"]
 
+# A file system, a name server or the driver may not answer at all.
+LIMIT_S = 15.0
+
 
 class Finding(msgspec.Struct, kw_only=True, frozen=True):
     """One thing that was looked at.

@@ -101,7 +101,8 @@ def judge_torch(
                 check="torch",
                 level=level,
                 message="not installed: this host can run a gateway and external engines only",
-                remedy="for a neuron, install torch into the environment of `cortex`",
+                remedy="for a neuron, install torch into the environment of `cortex` (of a "
+                "package: `helexa-neuron-setup`)",
             )
         ]
     if isinstance(torch, str):
@@ -110,7 +111,8 @@ def judge_torch(
                 check="torch",
                 level="fail" if is_needed else "warn",
                 message=f"cannot be used: {torch}",
-                remedy="install torch again into the environment of `cortex`",
+                remedy="install torch again into the environment of `cortex`, or by "
+                "`helexa-neuron-setup`",
             )
         ]
     built = f"CUDA {torch.cuda_version}" if torch.cuda_version else "CPUs alone"

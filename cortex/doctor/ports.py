@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from cortex.doctor.findings import Finding
+from cortex.doctor.findings import LIMIT_S, Check, Finding
 
 ASK_S = 3.0
 MAX_ANSWER_BYTES = 64 << 10
@@ -46,6 +46,16 @@ def check_port(name: str, host: str, port: int, commands: frozenset[str]) -> Fin
         message, more = f"{where}: held by {_told(holder)}", ""
     remedy = f"stop what listens there or choose another port{more}"
     return Finding(check="port", level="fail", message=message, remedy=remedy)
+
+
+def port_check(name: str, host: str, port: int, commands: frozenset[str]) -> Check:
+    """Return the check of a port; `commands` are those that listen on it."""
+    return Check(
+        name="port",
+        look=lambda: [check_port(name, host, port, commands)],
+        limit_s=LIMIT_S,
+        if_it_hangs=f"the name {host} cannot be looked up: write an address",
+    )
 
 
 def find_holder(port: int, proc: Path = Path("/proc")) -> tuple[int, list[str]] | None:

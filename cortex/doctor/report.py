@@ -1,7 +1,6 @@
 """Put the checks of a host together."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -14,27 +13,10 @@ from cortex.core.config import (
     load_gateway_config,
     load_neuron_config,
     parse_address,
-    user_cache_dir,
 )
 from cortex.core.errors import ConfigError
 from cortex.doctor.findings import Check, Finding, run_checks
-from cortex.doctor.gpu import (
-    TORCH_S,
-    count_cards,
-    judge_driver,
-    judge_operators,
-    judge_torch,
-    look_for_torch,
-)
-from cortex.doctor.host import check_cache, check_hub, check_sockets, check_state_dir
-from cortex.doctor.ports import check_port
-from cortex.neuron.discovery import NvmlProbe
-from cortex.neuron.kernels.build import describe_build
-
-# A file system, a name server or the driver may not answer at all.
-LIMIT_S = 15.0
-_DISK = "a file system does not answer: see `df`, and mounts of network file systems"
-_DRIVER = "the NVIDIA driver does not answer: see `dmesg`, and reboot this host"
+from cortex.doctor.ports import port_check
 
 
 class Report(msgspec.Struct, kw_only=True, frozen=True):
@@ -61,7 +43,11 @@ def examine(
             checks += _gateway_checks(load_gateway_config(_usable(verdicts, "gateway")))
         if is_neuron:
             neuron = load_neuron_config(_usable(verdicts, "neuron"))
-            checks += _neuron_checks(neuron, is_sure=is_neuron_sure)
+            of_neuron = _neuron_checks(neuron, is_sure=is_neuron_sure)
+            if isinstance(of_neuron, Finding):
+                findings.append(of_neuron)
+            else:
+                checks += of_neuron
     except ConfigError as exc:
         findings.append(
             Finding(
@@ -124,65 +110,21 @@ def _gateway_checks(config: GatewayConfig) -> list[Check]:
     }
     commands = frozenset(["serve", "up"])
     return [
-        _port_check(name, *parse_address(address, name), commands)
+        port_check(name, *parse_address(address, name), commands)
         for name, address in addresses.items()
     ]
 
 
-def _neuron_checks(config: NeuronConfig, *, is_sure: bool) -> list[Check]:
-    torch = config.harness.torch
-    state = Path(config.state_dir or user_cache_dir())
-    needs_torch = is_sure and "torch" in config.kinds
-    return [
-        _port_check("neuron", config.host, config.port, frozenset(["neuron", "up"])),
-        Check(
-            name="driver",
-            look=lambda: judge_driver(NvmlProbe().hardware(), count_cards()),
-            limit_s=LIMIT_S,
-            if_it_hangs=_DRIVER,
-        ),
-        Check(
-            name="torch",
-            look=partial(_look_at_torch, is_needed=needs_torch),
-            # The probe ends by itself before that.
-            limit_s=TORCH_S + LIMIT_S,
-            if_it_hangs=_DRIVER,
-        ),
-        Check(
-            name="state",
-            look=lambda: [check_state_dir(state)],
-            limit_s=LIMIT_S,
-            if_it_hangs=_DISK,
-        ),
-        Check(name="cache", look=lambda: check_cache(torch), limit_s=LIMIT_S, if_it_hangs=_DISK),
-        Check(
-            name="sockets",
-            look=lambda: [check_sockets()],
-            limit_s=LIMIT_S,
-            if_it_hangs=_DISK,
-        ),
-        Check(
-            name="hub",
-            look=lambda: [check_hub(torch)],
-            limit_s=LIMIT_S,
-            if_it_hangs="see /etc/resolv.conf, or set HF_HUB_OFFLINE=1",
-        ),
-    ]
-
-
-def _port_check(name: str, host: str, port: int, commands: frozenset[str]) -> Check:
-    return Check(
-        name="port",
-        look=lambda: [check_port(name, host, port, commands)],
-        limit_s=LIMIT_S,
-        if_it_hangs=f"the name {host} cannot be looked up: write an address",
-    )
-
-
-def _look_at_torch(*, is_needed: bool) -> list[Finding]:
-    hardware = NvmlProbe().hardware()
-    torch = look_for_torch()
-    return [
-        *judge_torch(torch, hardware, is_needed=is_needed),
-        *judge_operators(describe_build(), torch),
-    ]
+def _neuron_checks(config: NeuronConfig, *, is_sure: bool) -> list[Check] | Finding:
+    """Return the checks of a neuron, or what is to be said where its libraries are missing."""
+    try:
+        from cortex.doctor.neuron import neuron_checks
+    except ModuleNotFoundError as exc:
+        return Finding(
+            check="libraries",
+            level="fail" if is_sure else "note",
+            message=f"those of a neuron are not installed ({exc.name} is missing): this host can "
+            "run a gateway only",
+            remedy="for a neuron, install one of the helexa-neuron packages",
+        )
+    return neuron_checks(config, is_sure=is_sure)

@@ -150,5 +150,5 @@ def test_a_torch_that_breaks_is_told_in_a_line(command: list[str], words: str):
 
 
 def test_the_doctor_itself_does_not_import_torch():
-    code = "import cortex.doctor.report, sys; sys.exit('torch' in sys.modules)"
+    code = "import cortex.doctor.neuron, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
