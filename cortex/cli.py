@@ -45,11 +45,15 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON 
 
 def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
     if wanted:
+        from cortex.neuron.kernels.build import features
+
         build = version()
         dirty = "+local" if build.git_dirty else ""
         click.echo(
             f"cortex {build.package_version} ({build.git_sha}{dirty}), torch {build.torch_version}"
         )
+        operators = ", ".join(features()) or "no native operators"
+        click.echo(f"built {build.build_timestamp}, Python {build.python_version}, {operators}")
         ctx.exit()
 
 
@@ -60,7 +64,7 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
     expose_value=False,
     is_eager=True,
     callback=_show_version,
-    help="Print version, commit and torch version, then exit.",
+    help="Print what this build is and what it was made with, then exit.",
 )
 def main() -> None:
     """One OpenAI and Anthropic API over the GPUs you own.

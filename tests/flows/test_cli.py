@@ -1,6 +1,7 @@
 """The `cortex` command as people use it on a terminal."""
 
 import hashlib
+import re
 import socket
 import subprocess
 import sys
@@ -18,7 +19,11 @@ def test_version_names_the_package_and_torch(tmp_path: Path):
     done = run_cortex(tmp_path, "--version")
     assert done.returncode == 0
     assert done.stdout.startswith("cortex 0.2.0 (")
-    assert "torch 2." in done.stdout
+    first, second = done.stdout.splitlines()
+    assert "torch 2." in first
+    assert re.fullmatch(
+        r"built \S+, Python 3\.\d+\.\d+, (native-gdn.*|no native operators)", second
+    )
 
 
 @pytest.mark.parametrize(
