@@ -10,7 +10,7 @@ Environment:
     CORTEX_CUDA_ARCHS      flavours (ampere ada hopper blackwell), numbers (80 90a), "all", or
                            "native", this machine's cards; unset: native, or all if there are none
     CORTEX_REQUIRE_KERNELS 1: fail where torch or a C++ compiler is missing, instead of installing
-                           without operators
+                           without operators; 0: do without them in any case
     MAX_JOBS               compilers at a time
 """
 
@@ -55,6 +55,9 @@ def _git(*args: str) -> str:
 
 
 def _record_build() -> None:
+    record = _ROOT / "cortex/core/build_info.json"
+    if not (_ROOT / ".git").exists() and record.exists():
+        return  # an export of a commit brings its own
     sha = _git("rev-parse", "HEAD")
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     built = (
@@ -67,7 +70,7 @@ def _record_build() -> None:
         "git_dirty": bool(sha and _git("status", "--porcelain", "--untracked-files=no")),
         "build_timestamp": built.isoformat(timespec="seconds"),
     }
-    (_ROOT / "cortex/core/build_info.json").write_text(json.dumps(info) + "\n")
+    record.write_text(json.dumps(info) + "\n")
 
 
 def _say(text: str) -> None:
@@ -285,6 +288,8 @@ def _build_command():
 
 
 def _native_parts() -> dict:
+    if os.environ.get("CORTEX_REQUIRE_KERNELS") == "0":
+        return {}
     torch = _import_torch()
     lacking = "torch" if torch is None else _lacking_compiler()
     if lacking:
