@@ -59,7 +59,7 @@ def test_what_the_project_depends_on_is_locked():
     project = (ROOT / "pyproject.toml").read_text()
     listed = project.partition("\ndependencies = [")[2].partition("]")[0]
     names = set(re.findall(r'"([a-z0-9-]+)[>=]', listed)) - {"torch"}
-    assert names <= set(pins(RPM / "libraries.lock"))
+    assert names <= set(pins(RPM / "libraries.lock")), "run scripts/lock --packages"
     gateway = [line for line in (RPM / "gateway.in").read_text().split("\n") if "#" not in line]
     assert set(filter(None, gateway)) - names == {"async-timeout"}
 
