@@ -6,9 +6,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import msgspec
+import openai
 import pytest
 import torch
+from anthropic import AsyncAnthropic
+from openai import AsyncOpenAI
 from PIL import Image
 
 from cortex.core.config import Vision
@@ -126,6 +130,8 @@ async def answers_are_the_checkpoints_own(gateway: RunningGateway, directory: Pa
     deltas = [msgspec.json.decode(each)["choices"][0]["delta"] for each in events]
     assert "".join(each.get("content") or "" for each in deltas) == text
 
+    await sdks_are_answered_alike(gateway, parts, blocks, text)
+
     # Another image, another answer.
     likely = []
     for image_bytes in (first, first, png(60, 45, 7)):
@@ -134,6 +140,34 @@ async def answers_are_the_checkpoints_own(gateway: RunningGateway, directory: Pa
         likely.append([each["logprob"] for each in answer["choices"][0]["logprobs"]["content"]])
     assert likely[0] == pytest.approx(likely[1], abs=1e-3)
     assert abs(likely[0][0] - likely[2][0]) > 0.01
+
+
+async def sdks_are_answered_alike(
+    gateway: RunningGateway, parts: list[Any], blocks: list[Any], text: str
+) -> None:
+    bad = image_block(b"hello")
+    async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
+        asked: Any = {"model": "eyes", "temperature": 0}
+        completion = await client.chat.completions.create(
+            messages=user(*parts), max_tokens=12, **asked
+        )
+        assert completion.choices[0].message.content == text
+        items = [
+            {"type": "input_text", "text": each["text"]}
+            if each["type"] == "text"
+            else {"type": "input_image", "image_url": each["image_url"]["url"]}
+            for each in parts
+        ]
+        response = await client.responses.create(input=user(*items), max_output_tokens=12, **asked)
+        assert response.output_text == text
+        with pytest.raises(openai.BadRequestError, match="image 1: its 5 bytes"):
+            await client.chat.completions.create(messages=user(image_part(b"hello")), **asked)
+    async with AsyncAnthropic(base_url=gateway.url, api_key="none", max_retries=0) as client:
+        options: Any = {"model": "eyes", "max_tokens": 12, "extra_body": {"temperature": 0}}
+        message = await client.messages.create(messages=user(*blocks), **options)
+        assert [each.text for each in message.content] == [text]
+        with pytest.raises(anthropic.BadRequestError, match="image 1: its 5 bytes"):
+            await client.messages.create(messages=user(bad), **options)
 
 
 async def tool_results_may_have_images(gateway: RunningGateway) -> None:
