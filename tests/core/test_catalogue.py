@@ -55,6 +55,9 @@ def test_a_pinned_model_is_protected_unless_it_says_otherwise():
         ("[[models]]\nid = 'a'\n[[models]]\nid = 'a'", "twice"),
         ("[[models]]\nid = 'a'\nvram = 3", "vram"),
         ("[aliases]\na = 'b'\nb = 'c'", "alias"),
+        ('[[models]]\nid = "m"\nharness = "command"\ntool_format = "hermes"\n', "tool_format"),
+        ('[[models]]\nid = "m"\nharness = "command"\nconstrain_tools = false\n', "constrain"),
+        ('[[models]]\nid = "m"\ntool_format = "morse"\n', "morse"),
     ],
 )
 def test_an_entry_that_cannot_be_honoured_stops_the_start(tmp_path: Path, text: str, word: str):

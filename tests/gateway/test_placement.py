@@ -123,6 +123,13 @@ def test_a_device_floor_names_the_devices_to_the_neuron():
     assert load_request(Catalogue(models=[big_only]), "m", found, Eviction()).devices == [1]
 
 
+def test_how_a_model_writes_tool_calls_goes_along_with_its_load():
+    told = CatalogueModel(id="m", vram_mb=1024, tool_format="mistral", constrain_tools=False)
+    found = placed(view("a"), told)
+    request = load_request(Catalogue(models=[told]), "m", found, Eviction())
+    assert (request.tool_format, request.constrain_tools) == ("mistral", False)
+
+
 def test_a_member_of_the_same_group_has_to_leave_even_where_both_would_fit():
     found = placed(view("a", model("rival", gib=2)), groups={"g": ["m", "rival"]})
     assert (found.victims, found.doubt) == (("rival",), None)
