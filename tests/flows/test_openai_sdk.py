@@ -400,6 +400,31 @@ def test_several_choices_have_their_indices(openai_client: OpenAI, streamed: boo
 
 
 @both_ways
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}])
+def test_a_draw_that_leaves_one_token_is_the_likeliest_answer(
+    openai_client: OpenAI, streamed: bool, narrow: dict[str, float]
+):
+    likeliest = answer(openai_client, streamed, temperature=0)
+    drawn = answer(openai_client, streamed, temperature=2, extra_body=narrow)
+    assert drawn.choices[0].message.content == likeliest.choices[0].message.content
+    texts = [
+        openai_client.completions.create(
+            model=MODEL, prompt="The sky", max_tokens=12, temperature=heat, extra_body=extra
+        )
+        for heat, extra in ((0, {}), (2, narrow))
+    ]
+    assert texts[0].choices[0].text == texts[1].choices[0].text
+
+
+@both_ways
+def test_a_repetition_penalty_has_its_effect(openai_client: OpenAI, streamed: bool):
+    asked = {"messages": ask("Count from 1 to 9."), "max_tokens": 40, "temperature": 0}
+    plain = answer(openai_client, streamed, **asked)
+    held = answer(openai_client, streamed, **asked, extra_body={"repetition_penalty": 10})
+    assert plain.choices[0].message.content != held.choices[0].message.content
+
+
+@both_ways
 def test_stop_seed_bias_and_penalties_have_their_effect(openai_client: OpenAI, streamed: bool):
     plain = answer(openai_client, streamed, messages=ask("Count from 1 to 9."))
     text = plain.choices[0].message.content
