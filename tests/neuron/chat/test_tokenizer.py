@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from cortex.core.errors import CheckpointError
 from cortex.neuron.chat.tokenizer import (
@@ -235,3 +235,12 @@ def test_smollm2_round_trips(smollm2: ChatTokenizer, text: str) -> None:
 
 def test_smollm2_splits_numbers_into_digits(smollm2: ChatTokenizer) -> None:
     assert [smollm2.token_bytes(at) for at in smollm2.encode("2024")] == [b"2", b"0", b"2", b"4"]
+
+
+def test_tokens_of_usual_names_end_a_turn_only_where_they_are_special() -> None:
+    tokenizer = train_tokenizer()
+    tokenizer.add_special_tokens([AddedToken("<|eom_id|>", special=True)])
+    tokenizer.add_tokens([AddedToken("<end_of_turn>", special=False)])
+    ids = ChatTokenizer(tokenizer, path="").eos_ids
+    names = [tokenizer.id_to_token(at) for at in ids]
+    assert names == ["<|endoftext|>", "<|im_end|>", "<|eom_id|>"]
