@@ -19,7 +19,7 @@ NAMES = st.sampled_from(
     [
         *("model", "messages", "role", "content", "type", "text", "tools", "tool_choice"),
         *("source", "stream", "max_tokens", "system", "prompt", "n", "stop", "error"),
-        *("choices", "usage", "x"),
+        *("choices", "usage", "x", "input", "dimensions"),
     ]
 )
 VALUES = st.recursive(

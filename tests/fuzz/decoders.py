@@ -12,6 +12,7 @@ import msgspec
 from cortex.core import anthropic, responses
 from cortex.core.completions import parse_completion_request
 from cortex.core.decode import decode_body
+from cortex.core.embeddings import parse_embedding_request
 from cortex.core.errors import BadRequestError, CortexError, UpstreamMalformedError
 from cortex.core.openai import parse_chat_request, parse_error, parse_head
 from cortex.core.response_draft import Draft
@@ -136,6 +137,7 @@ SEEDS = [
             "metadata": {"k": "v"},
         },
         {"model": "m", "prompt": [[1, 2], [3]], "logprobs": 3, "best_of": 2, "n": 1},
+        {"model": "m", "input": [[1, 2], [3]], "encoding_format": "base64", "dimensions": 2},
         {"error": {"message": "no", "type": "api_error", "code": 5, "param": None, "max": 7}},
         {"id": "x", "choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 1}},
     )
@@ -238,6 +240,7 @@ def _as_sizes(body: bytes) -> None:
 REQUESTS: list[Callable[[bytes], object]] = [
     parse_chat_request,
     parse_completion_request,
+    parse_embedding_request,
     parse_head,
     _as_message,
     _as_count,
