@@ -34,6 +34,8 @@ class CommandModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         context: tokens of the longest sequence.
         continuous_usage: whether its streams are asked for usage with every chunk, as vLLM and
             SGLang can tell it, so that the prompt's count is known at once.
+        default_max_tokens: tokens of a chat's answer whose request sets no bound; None leaves it
+            to the server.
         max_in_flight: requests it works on at once.
         hang_s: how long it may give no sign of life before it is ended and started again.
         stop_timeout_s: how long it may take to end after SIGTERM.
@@ -53,6 +55,7 @@ class CommandModel(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     tool_call: bool | None = None
     reasoning: bool | None = None
     continuous_usage: bool = False
+    default_max_tokens: _Count | None = None
     max_in_flight: _Count | None = None
     start_timeout_s: _Positive = 1800.0
     stop_timeout_s: Annotated[float, Meta(gt=0, le=300)] = 15.0

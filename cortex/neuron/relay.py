@@ -1,13 +1,15 @@
 """One request for an external engine: admission, the request handed on, the answer handed back."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import msgspec
 
 from cortex.core.config import CommandHarness
 from cortex.core.errors import (
+    ContextLengthExceededError,
     CortexError,
     EngineDiedError,
     RemoteError,
@@ -18,7 +20,13 @@ from cortex.core.errors import (
 from cortex.core.openai import Usage
 from cortex.neuron.accounts import Accounts, Watch
 from cortex.neuron.command.engine import CommandEngine
-from cortex.neuron.command.rewrite import Head, StreamRewriter, answer, upstream_request
+from cortex.neuron.command.rewrite import (
+    Head,
+    StreamRewriter,
+    answer,
+    upstream_request,
+    without_bound,
+)
 from cortex.neuron.command.upstream import Reply
 from cortex.neuron.engine_client import recovering_error
 from cortex.neuron.resident import Serving
@@ -31,6 +39,7 @@ TOKENIZE_S = 30.0
 EVENT_STREAM = "text/event-stream"
 
 _encoder = msgspec.json.Encoder()
+_T = TypeVar("_T")
 
 
 class Relay:
@@ -74,8 +83,9 @@ class Relay:
                         head,
                         engine.upstream_model,
                         continuous=engine.spec.continuous_usage,
+                        default_max_tokens=_default_bound(engine, path),
                     )
-                    await stream.open(request, headers)
+                    await _sent(lambda each: stream.open(each, headers), request, path)
                     while (piece := await stream.next_piece()) is not None:
                         if rewriter.has_content:
                             watch.token()
@@ -99,8 +109,13 @@ class Relay:
                 await serving.admission.acquire(head.num_choices),
                 _open_request(serving) as engine,
             ):
-                request = upstream_request(body, head, engine.upstream_model)
-                whole = await _whole(engine, path, request, headers)
+                request = upstream_request(
+                    body,
+                    head,
+                    engine.upstream_model,
+                    default_max_tokens=_default_bound(engine, path),
+                )
+                whole = await _sent(lambda each: _whole(engine, path, each, headers), request, path)
             completion, usage = answer(whole, serving.model_id)
             self._done(engine, watch, usage)
             return completion
@@ -263,6 +278,26 @@ def _refuse_uncountable(request: TokenizeRequest) -> None:
                 f"can be counted; leave {option} out",
                 param=option,
             )
+
+
+def _default_bound(engine: CommandEngine, path: str) -> int | None:
+    # A text completion has a default of its own.
+    return engine.spec.default_max_tokens if path == CHAT_PATH else None
+
+
+async def _sent(send: Callable[[bytes], Awaitable[_T]], request: bytes, path: str) -> _T:
+    """Send a request; an answer that may be longer than there is room for may fill the room.
+
+    Engines refuse a bound that does not fit beside the prompt, and agents set one without knowing
+    the context. Without any, a chat's answer ends with the context at the latest.
+    """
+    try:
+        return await send(request)
+    except ContextLengthExceededError:
+        unbounded = without_bound(request) if path == CHAT_PATH else None
+        if unbounded is None:
+            raise
+    return await send(unbounded)
 
 
 @contextmanager

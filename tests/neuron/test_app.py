@@ -45,6 +45,17 @@ async def test_a_stream_begins_with_the_role_and_ends_with_usage_and_done(tmp_pa
         assert events[-1] == "[DONE]"
 
 
+async def test_an_answer_without_a_bound_ends_at_the_hosts_own(tmp_path):
+    add_chat_model(tmp_path / "models", "m")
+    async with neuron(tmp_path, default_max_tokens=3) as api:
+        await api.load("m")
+        answer = await api.post("/v1/chat/completions", chat("m"))
+        assert answer.json["usage"]["completion_tokens"] == 3
+        assert answer.json["choices"][0]["finish_reason"] == "length"
+        events = (await api.post("/v1/chat/completions", chat("m", stream=True))).events
+        assert events[-2]["choices"][0]["finish_reason"] == "length"
+
+
 async def test_several_choices_are_answered_side_by_side(tmp_path):
     add_chat_model(tmp_path / "models", "m")
     async with neuron(tmp_path) as api:

@@ -272,6 +272,39 @@ async def test_an_engines_refusal_keeps_its_words_and_says_whose_fault_it_is(
             assert says in answer.error["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+async def test_an_answer_that_may_be_longer_than_the_room_fills_the_room(tmp_path, stream, field):
+    write_script(tmp_path / "fake", room=100)
+    async with served(tmp_path) as api:
+        await loaded(api)
+        fitting = await api.post(CHAT, chat("org/m", "one two", stream=stream, **{field: 98}))
+        assert fitting.status == 200
+        answer = await api.post(CHAT, chat("org/m", "one two", stream=stream, **{field: 32000}))
+        assert answer.status == 200
+        sent = [each.get(field) for each in requests(tmp_path / "fake")]
+        assert sent == [98, 32000, None]
+        too_long = " ".join(["word"] * 101)
+        refused = await api.post(CHAT, chat("org/m", too_long, stream=stream, **{field: 5}))
+        assert (refused.status, refused.error["code"]) == (400, "context_length_exceeded")
+        unbounded = await api.post(CHAT, chat("org/m", too_long, stream=stream))
+        assert unbounded.status == 400
+        assert len(requests(tmp_path / "fake")) == 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_chat_without_a_bound_gets_the_models_own(tmp_path, stream):
+    async with served(tmp_path, default_max_tokens=50) as api:
+        await loaded(api)
+        await api.post(CHAT, chat("org/m", stream=stream))
+        await api.post(CHAT, chat("org/m", stream=stream, max_completion_tokens=7))
+        await api.post(CHAT, chat("org/m", stream=stream, max_tokens=9))
+        await api.post("/v1/completions", {"model": "org/m", "prompt": "x", "stream": stream})
+        sent = requests(tmp_path / "fake")
+        assert [each.get("max_tokens") for each in sent] == [50, None, 9, None]
+        assert [each.get("max_completion_tokens") for each in sent] == [None, 7, None, None]
+
+
 async def test_a_name_that_the_engine_does_not_know_is_not_taken_for_an_evicted_model(tmp_path):
     write_script(tmp_path / "fake", name="its/own-name")
     async with served(tmp_path, upstream_model="wrong") as api:

@@ -44,6 +44,7 @@ class Script(msgspec.Struct, kw_only=True):
         stubborn: ignores SIGTERM.
         child: starts a process of its own, in a session of its own.
         tokenize: whether it has /tokenize, in vLLM's form.
+        room: tokens that prompt and answer may have together; a chat that may need more is refused.
     """
 
     start_s: float = 0.0
@@ -62,6 +63,7 @@ class Script(msgspec.Struct, kw_only=True):
     stubborn: bool = False
     child: bool = False
     tokenize: bool = False
+    room: int | None = None
 
 
 def write_script(directory: Path, **values: object) -> None:
@@ -133,6 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(script.status, script.error)
         elif self.path == "/v1/embeddings":
             self.embed(script, body)
+        elif script.room is not None and len(words_of(body)) + bound_of(body) > script.room:
+            said = f"max_tokens is too large: the maximum context length is {script.room} tokens"
+            self.answer(400, {"error": {"message": said, "code": 400}})
         elif body.get("stream"):
             self.stream(script, body)
         else:
@@ -227,6 +232,12 @@ def say(text: str) -> None:
 
 def is_chat(body: Any) -> bool:
     return "messages" in body
+
+
+def bound_of(body: Any) -> int:
+    """Return how long an answer may be; without a bound it takes what room there is."""
+    bound: int = body.get("max_completion_tokens") or body.get("max_tokens") or 0
+    return bound
 
 
 def words_of(body: Any) -> list[str]:

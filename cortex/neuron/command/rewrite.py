@@ -28,6 +28,8 @@ _NO_CHOICES = re.compile(rb"\s*\[\s*\]\s*")
 _NULL = b"null"
 # What a chunk of its own for usage has in common with the others.
 _HEAD = ("id", "object", "created", "model")
+# What bounds the answer to a chat, under either name.
+_BOUNDS = ("max_completion_tokens", "max_tokens")
 
 _encoder = msgspec.json.Encoder()
 _fields = msgspec.json.Decoder(_Fields)
@@ -43,6 +45,13 @@ class Head(msgspec.Struct, kw_only=True, frozen=True):
     n: Annotated[int, Meta(ge=1)] | None = None
     best_of: Annotated[int, Meta(ge=1)] | None = None
     prompt: msgspec.Raw = msgspec.Raw(_NULL)
+    max_tokens: msgspec.Raw = msgspec.Raw(_NULL)
+    max_completion_tokens: msgspec.Raw = msgspec.Raw(_NULL)
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the caller bounds the length of an answer."""
+        return any(bytes(each) != _NULL for each in (self.max_tokens, self.max_completion_tokens))
 
     @property
     def num_choices(self) -> int:
@@ -64,23 +73,40 @@ def parse_head(body: bytes) -> Head:
     return decode_body(_head, body)
 
 
-def upstream_request(body: bytes, head: Head, name: str, *, continuous: bool = False) -> bytes:
+def upstream_request(
+    body: bytes,
+    head: Head,
+    name: str,
+    *,
+    continuous: bool = False,
+    default_max_tokens: int | None = None,
+) -> bytes:
     """Return a request with the engine's name of the model; a stream asks for usage.
 
     Args:
         continuous: ask for it with every chunk.
+        default_max_tokens: the bound of an answer where the caller sets none.
 
     A field that is null says nothing, and strict engines refuse fields that they do not know.
     """
     given: _Fields = decode_body(_fields, body)
     said = {name: value for name, value in given.items() if bytes(value) != _NULL}
     fields: dict[str, object] = {**said, "model": name}
+    if default_max_tokens is not None and not head.is_bounded:
+        fields["max_tokens"] = default_max_tokens
     if head.stream:
         options = {**(head.stream_options or {}), "include_usage": True}
         fields["stream_options"] = options | (
             {"continuous_usage_stats": True} if continuous else {}
         )
     return _encoder.encode(fields)
+
+
+def without_bound(request: bytes) -> bytes | None:
+    """Return an engine's request for an answer as long as there is room; None if it is one."""
+    given: _Fields = decode_body(_fields, request)
+    kept = {name: value for name, value in given.items() if name not in _BOUNDS}
+    return _encoder.encode(kept) if len(kept) < len(given) else None
 
 
 def answer(body: bytes, model_id: str) -> tuple[bytes, Usage | None]:
