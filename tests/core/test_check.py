@@ -15,7 +15,9 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_the_samples_can_be_used():
-    verdicts = check_files(sorted(RPM.glob("*.toml")))
+    # The checker of packages has a file of its own there.
+    samples = sorted(each for each in RPM.glob("*.toml") if each.name != "rpmlint.toml")
+    verdicts = check_files(samples)
     assert [(Path(each.file).name, each.kind, each.ok, each.warnings) for each in verdicts] == [
         ("cortex.toml", "gateway", True, []),
         ("models.toml", "catalogue", True, []),
