@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from cortex.core.decode import decode_body
-from cortex.core.errors import BadRequestError, UnsupportedFieldError
+from cortex.core.errors import BadRequestError, MalformedJsonError, UnsupportedFieldError
 from cortex.core.openai import (
     MAX_LOGIT_BIAS,
     MAX_MESSAGES,
@@ -240,6 +240,11 @@ def parse_request(body: bytes) -> ResponsesRequest:
         CortexError: as `decode_body`.
     """
     request = decode_body(_request_decoder, body)
+    try:
+        # Items and tools come back in answers as they were sent, unknown fields of theirs unread.
+        body.decode()
+    except UnicodeDecodeError as exc:
+        raise MalformedJsonError(f"the request body is not valid UTF-8: {exc}") from exc
     for name, why in _REFUSED.items():
         if getattr(request, name):
             raise UnsupportedFieldError(f"{name} is not supported: {why}", param=name)

@@ -3,7 +3,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from cortex.core.errors import BadRequestError, UnsupportedFieldError
+from cortex.core.errors import BadRequestError, MalformedJsonError, UnsupportedFieldError
 from cortex.core.responses import (
     parse_items,
     parse_request,
@@ -89,3 +89,9 @@ def test_half_of_a_surrogate_pair_in_an_item_is_read_as_the_replacement_characte
 
 def test_responses_are_kept_unless_the_request_says_no():
     assert [parse(store=each).wants_store for each in (None, True, False)] == [True, True, False]
+
+
+def test_bytes_that_are_no_text_are_refused_wherever_they_are():
+    tool = b'{"x": "c\xfface", "type": "function", "name": "n"}'
+    with pytest.raises(MalformedJsonError, match="not valid UTF-8"):
+        parse_request(b'{"model": "m", "input": "x", "tools": [' + tool + b"]}")
