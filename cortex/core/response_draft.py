@@ -213,11 +213,16 @@ def _arguments(function: FunctionCall) -> str:
 
 
 def custom_input(arguments: str) -> str:
-    """Return the text that a custom tool is called with; arguments of another form are it."""
+    """Return the text that a custom tool is called with; arguments of another form are it.
+
+    No arguments, which a function's call has as an empty object, are no text.
+    """
     try:
         told = msgspec.json.decode(arguments)
     except (msgspec.DecodeError, RecursionError):
         return arguments
+    if told == {}:
+        return ""
     text = told.get(CUSTOM_INPUT) if isinstance(told, dict) else None
     return text if isinstance(text, str) else arguments
 

@@ -94,6 +94,10 @@ def test_arguments_of_another_form_are_a_custom_tools_input_themselves(arguments
     assert custom_input(arguments) == arguments
 
 
+def test_no_arguments_are_no_text():
+    assert [custom_input(each) for each in ("{}", "")] == ["", ""]
+
+
 def test_a_summary_holds_the_whole_thought_and_what_is_carried_on_does_too():
     response = answer(
         {"content": "A", "reasoning": "Hm."},
