@@ -96,6 +96,7 @@ class Draft:
         Args:
             name: as the model said it.
             call_id: None where it came without one.
+            arguments: as they came; a function that is told none has an empty object.
         """
         tool = self.tool(name)
         call_id = call_id or self.item_id("call", index)
@@ -114,7 +115,7 @@ class Draft:
             call_id=call_id,
             name=tool.name,
             namespace=namespace,
-            arguments=arguments,
+            arguments=arguments or "{}",
             status=status,
         )
 
@@ -209,20 +210,15 @@ def from_chat(completion: ChatCompletion, draft: Draft, *, is_stored: bool) -> R
 def _arguments(function: FunctionCall) -> str:
     if isinstance(function.arguments, dict):
         return msgspec.json.encode(function.arguments).decode()
-    return function.arguments or "{}"
+    return function.arguments or ""
 
 
 def custom_input(arguments: str) -> str:
-    """Return the text that a custom tool is called with; arguments of another form are it.
-
-    No arguments, which a function's call has as an empty object, are no text.
-    """
+    """Return the text that a custom tool is called with; arguments of another form are it."""
     try:
         told = msgspec.json.decode(arguments)
     except (msgspec.DecodeError, RecursionError):
         return arguments
-    if told == {}:
-        return ""
     text = told.get(CUSTOM_INPUT) if isinstance(told, dict) else None
     return text if isinstance(text, str) else arguments
 

@@ -346,8 +346,7 @@ class ResponseStream(ChunkTranslator):
             return self._draft.message(item.index, item.text, item.logprobs, status)
         if item.kind == "reasoning":
             return self._draft.reasoning(item.index, item.text)
-        arguments = item.text or "{}"
-        return self._draft.call(item.index, item.name, item.told_id, arguments, status)
+        return self._draft.call(item.index, item.name, item.told_id, item.text, status)
 
     def _collect(self) -> None:
         """Put what is done into the draft, in the order of the output."""

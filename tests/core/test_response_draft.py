@@ -94,8 +94,14 @@ def test_arguments_of_another_form_are_a_custom_tools_input_themselves(arguments
     assert custom_input(arguments) == arguments
 
 
-def test_no_arguments_are_no_text():
-    assert [custom_input(each) for each in ("{}", "")] == ["", ""]
+def test_no_arguments_are_an_empty_object_for_a_function_and_no_text_for_a_custom_tool():
+    tools = [{"type": "custom", "name": "p"}, {"type": "function", "name": "f"}]
+    calls = [
+        {"id": "a", "function": {"name": "p", "arguments": ""}},
+        {"id": "b", "function": {"name": "f", "arguments": ""}},
+    ]
+    custom, function = answer({"content": None, "tool_calls": calls}, tools=tools)["output"]
+    assert (custom["input"], function["arguments"]) == ("", "{}")
 
 
 def test_a_summary_holds_the_whole_thought_and_what_is_carried_on_does_too():

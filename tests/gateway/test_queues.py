@@ -59,10 +59,10 @@ def test_who_finds_a_cold_models_queue_full_is_told_when_it_will_be_loaded():
     assert caught.value.retry_after_s == 17
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize(("path", "status"), [("/v1/chat/completions", 503), ("/v1/messages", 529)])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_one_caller_too_many_for_a_cold_model_gets_503_in_its_dialect(
-    path: str, stream: bool
+async def test_one_caller_too_many_for_a_cold_model_is_sent_away_in_its_dialect(
+    path: str, status: int, stream: bool
 ) -> None:
     gate = asyncio.Event()
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
@@ -72,7 +72,7 @@ async def test_one_caller_too_many_for_a_cold_model_gets_503_in_its_dialect(
                 first = [tasks.create_task(gateway.chat(stream=each)) for each in (False, True)]
                 await neuron.until(lambda: len(neuron.loads) == 1)
                 response = await gateway.post(path, {**body, "stream": stream})
-                assert (response.status, response.headers["retry-after"]) == (503, "5")
+                assert (response.status, response.headers["retry-after"]) == (status, "5")
                 answer = await response.json()
                 assert "2 callers wait for model 'm'" in answer["error"]["message"]
                 assert ("type" in answer) == (path == "/v1/messages")
