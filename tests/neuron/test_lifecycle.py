@@ -26,6 +26,7 @@ from cortex.core.openai import ChatRequest, Message
 from cortex.neuron import engine_client, residency, supervisor
 from cortex.neuron.accounts import Accounts
 from cortex.neuron.chat.model import load_chat_model
+from cortex.neuron.fetch import ImageFetcher
 from cortex.neuron.harness import ModelNotLoadedError
 from cortex.neuron.hub import HubUnreachableError
 from cortex.neuron.inference import Inference
@@ -150,6 +151,7 @@ async def test_a_stream_whose_engine_goes_before_its_first_byte_is_refused_and_n
             it.lifecycle,
             Accounts(it.lifecycle, Metrics(), clock=it.clock),
             open_chat=chat_model,
+            fetcher=ImageFetcher([], max_bytes=1, limit_s=1),
             wall_clock=it.clock,
         )
         request = ChatRequest(
