@@ -158,6 +158,18 @@ class ResponseFormat(msgspec.Struct, kw_only=True, frozen=True):
 
 
 StopString = Annotated[str, Meta(max_length=MAX_STOP_CHARS)]
+# Sampling, of this and of other routes.
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+TopK = Annotated[int, Meta(ge=-1, le=1 << 31)]  # -1 and 0 switch it off
+MinP = Annotated[float, Meta(ge=0, le=1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+# Logits are divided by it: far smaller ones leave no finite numbers.
+RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=10)]
+LogitBias = Annotated[
+    dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIAS)
+]
+Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Positive = Annotated[int, Meta(gt=0)]
 
 
@@ -168,21 +180,15 @@ class GenerationRequest(msgspec.Struct, kw_only=True, frozen=True):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: Positive | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None  # -1 and 0 switch it off
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    # Logits are divided by it: far smaller ones leave no finite numbers.
-    repetition_penalty: Annotated[float, Meta(ge=0.01, le=10)] | None = None
-    logit_bias: (
-        Annotated[
-            dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIAS)
-        ]
-        | None
-    ) = None
-    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    logit_bias: LogitBias | None = None
+    seed: Seed | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     user: str | None = None  # accepted and without effect here

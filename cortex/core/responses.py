@@ -14,11 +14,18 @@ from msgspec import UNSET, Meta, UnsetType
 from cortex.core.decode import decode_body
 from cortex.core.errors import BadRequestError, MalformedJsonError, UnsupportedFieldError
 from cortex.core.openai import (
-    MAX_LOGIT_BIAS,
     MAX_MESSAGES,
     MAX_STOPS,
+    LogitBias,
+    MinP,
+    Penalty,
+    RepetitionPenalty,
+    Seed,
     StopString,
+    Temperature,
     TokenLogprob,
+    TopK,
+    TopP,
 )
 from cortex.core.tool_choice import MAX_NAME_CHARS, MAX_TOOLS
 
@@ -163,8 +170,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, frozen=True):
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     max_output_tokens: Annotated[int, Meta(gt=0)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     include: list[str] | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Meta(max_length=MAX_METADATA)] | None = (
@@ -174,18 +181,13 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, frozen=True):
     truncation: Literal["auto", "disabled"] | None = None
     stream_options: StreamOptions | None = None
     # What chat completions have beside.
-    top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
-    logit_bias: (
-        Annotated[
-            dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIAS)
-        ]
-        | None
-    ) = None
-    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    logit_bias: LogitBias | None = None
+    seed: Seed | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     # Accepted and without effect here.

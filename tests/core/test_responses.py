@@ -55,6 +55,7 @@ def test_what_is_switched_off_is_not_refused():
         ({"input": []}, "input"),
         ({"input": ""}, "input"),
         ({"temperature": 3}, "temperature"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"metadata": {"k": "v" * 513}}, "metadata[...]"),
